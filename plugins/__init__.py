@@ -1,0 +1,1 @@
+"""TensorRT plugins (none needed by the open recipes; see docs)."""

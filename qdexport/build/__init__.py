@@ -1,0 +1,1 @@
+"""Compiles ONNX files to engines in a child process and reads the kernel plan."""

@@ -1,0 +1,1 @@
+"""Turns a fake-quant PyTorch denoiser into an ONNX graph of the quantized dialect."""

@@ -1,0 +1,1 @@
+"""Quality, compiler parity, noise floor and the plan audit."""

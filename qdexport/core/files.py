@@ -1,0 +1,122 @@
+"""Files that are whole or absent: atomic writes, digests, and clear errors for folders that cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qdexport.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["atomic_dir", "atomic_path", "digest_of", "file_sha256", "tree_sha256", "write_json", "write_text"]
+
+_CHUNK = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of ``path``; it replaces ``path`` only if the block ends without an error.
+
+    Raises:
+        OutputError: the folder is read-only, the disk is full, or the path cannot be created.
+    """
+    with _output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+    partial = Path(name)
+    try:
+        with _output_errors(path):
+            yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """Yields a temporary sibling folder; it replaces the folder ``path`` only if the block ends without an error.
+
+    Raises:
+        OutputError: the parent folder is read-only, or the disk is full.
+    """
+    with _output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        with _output_errors(path):
+            yield partial
+            partial.chmod(0o777 & ~_umask())
+            if path.exists():
+                shutil.rmtree(path)
+            partial.replace(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically. Raises ``OutputError`` as :func:`atomic_path`."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically, two spaces of indent, keys in the given order."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def tree_sha256(path: Path) -> str:
+    """One SHA-256 over a folder: the names (relative, sorted) and contents of all its files; of a file, its own."""
+    if path.is_file():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for file in sorted(item for item in path.rglob("*") if item.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_of(*values: Any) -> str:
+    """A SHA-256 over JSON-able values, independent of the order of dictionary keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise OutputError(f"cannot write {path}: permission denied; choose another output folder") from error
+    except NotADirectoryError as error:
+        raise OutputError(f"cannot write {path}: a part of this path is a file, not a folder") from error
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}; free some space or choose another output folder"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

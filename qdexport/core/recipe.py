@@ -1,0 +1,199 @@
+"""Recipes: one YAML file says what to quantize, how to calibrate, what to build and what to check."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qdexport.core.files import digest_of
+from qdexport.core.spec import QuantSpec
+from qdexport.errors import RecipeError
+
+__all__ = ["Calibration", "Recipe", "Rule", "Shapes", "Validation", "load_recipe", "preset_names", "preset_text"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rule(_Part):
+    """Which layers get which quantizers; the last rule that matches a layer wins.
+
+    ``match`` is one pattern or a list: a glob over module paths (``*.attn2.to_k``), or ``re:`` and a regular
+    expression that must match the whole path.
+    """
+
+    match: str | tuple[str, ...]
+    kinds: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
+    weight: QuantSpec | None = None
+    activation: QuantSpec | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Rule:
+        if (self.weight is None) != (self.activation is None):
+            raise ValueError("a rule needs both weight and activation, or neither (then the layer stays in floating point)")
+        if self.weight is not None and not self.weight.symmetric:
+            raise ValueError("weights are quantized symmetrically: set weight.symmetric to true")
+        if self.activation is not None and self.activation.granularity != "per_tensor":
+            raise ValueError("activations have one scale per tensor: remove activation.granularity")
+        for pattern in self.patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns."""
+        return (self.match,) if isinstance(self.match, str) else self.match
+
+    def matches(self, name: str, kind: str) -> bool:
+        """Whether a layer with this module path and kind is meant."""
+        if kind not in self.kinds:
+            return False
+        return any(
+            re.fullmatch(p[3:], name) is not None if p.startswith("re:") else fnmatch.fnmatchcase(name, p)
+            for p in self.patterns
+        )
+
+
+class Calibration(_Part):
+    """The run of the real sampler from which activation ranges come."""
+
+    prompts: int = Field(default=32, ge=1, description="how many prompts")
+    prompts_file: str | None = Field(default=None, description="one prompt per line; default: the model's own")
+    batch_size: int = Field(default=16, ge=1, description="images sampled at once")
+    steps: int | None = Field(default=None, ge=1, description="default: the model's usual number")
+    guidance_scale: float | None = Field(default=None, ge=0, description="default: the model's usual one")
+    seed: int = Field(default=1000, ge=0)
+
+
+class Shapes(_Part):
+    """Shapes of the exported network; two numbers, or three (low, best, high), make a dimension dynamic."""
+
+    batch: int | tuple[int, int] | tuple[int, int, int] = Field(
+        default=2, description="rows of one call: two per image with classifier-free guidance"
+    )
+    height: int | tuple[int, int] | tuple[int, int, int] | None = Field(default=None, description="latent; default: the model's")
+    width: int | tuple[int, int] | tuple[int, int, int] | None = Field(default=None, description="latent; default: the model's")
+    tokens: int | None = Field(default=None, ge=1, description="text length; default: the tokenizer's")
+
+
+class Validation(_Part):
+    """What is sampled and compared after the build."""
+
+    images: int = Field(default=32, ge=1)
+    seed: int = Field(default=0, ge=0)
+    parity_steps: int = Field(default=3, ge=3, description="denoiser calls compared layer by layer: first, last and between")
+    floor_seeds: int = Field(default=8, ge=1, description="seeds of the stochastic rounding behind the noise floor")
+    floor_steps: int = Field(default=4, ge=1, description="timesteps at which the noise floor is measured")
+    golden: int = Field(default=2, ge=1, description="denoiser calls stored as golden inputs and outputs")
+
+
+class Recipe(_Part):
+    """A whole recipe."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    description: str = ""
+    body: Literal["auto", "fp32", "fp16"] = Field(default="auto", description="auto: the type of the model's weights")
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    activation_rows: Literal["static", "per_step"] = "static"
+    time_embedding: Literal["steps", "all", "keep"] = "steps"
+    calibration: Calibration = Calibration()
+    shapes: Shapes = Shapes()
+    compute_capabilities: tuple[str, ...] | None = None
+    validation: Validation = Validation()
+
+    def digest(self) -> str:
+        """A SHA-256 over everything the recipe says."""
+        return digest_of(self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        """The recipe with all its defaults, readable and loadable."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("qdexport.recipes")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The YAML text of a recipe that comes with the package.
+
+    Raises:
+        RecipeError: there is none of this name; the message lists the nearest.
+    """
+    if name not in preset_names():
+        near = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"no recipe {name!r}{hint} (presets: {', '.join(preset_names())}; or name a .yaml file)")
+    return (resources.files("qdexport.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Reads a preset by name or a YAML file by path.
+
+    Args:
+        source: the name of a preset, or a path that ends in .yaml or .yml.
+        overrides: values that replace the file's, keys with dots (``calibration.seed``).
+
+    Raises:
+        RecipeError: no such recipe, no YAML, an unknown key (with a suggestion) or a value out of range.
+    """
+    is_path = source.endswith((".yaml", ".yml"))
+    if is_path and not Path(source).is_file():
+        raise RecipeError(f"recipe file {source} does not exist")
+    text = Path(source).read_text(encoding="utf-8") if is_path else preset_text(source)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{source} must hold a mapping with `name` and `rules`, not {type(data).__name__}")
+    for key, value in (overrides or {}).items():
+        _assign(data, key.split("."), value)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(_explain(source, text, error)) from error
+
+
+def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        data = data.setdefault(part, {})
+    data[path[-1]] = value
+
+
+def _explain(source: str, text: str, error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        key = path[-1] if path else ""
+        line = next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*-?\s*{re.escape(key)}\s*:", row)), None)
+        where = f"{source}:{line}" if line else source
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, _known_keys(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            lines.append(f"{where}: unknown key {'.'.join(path)!r}{hint}")
+        else:
+            lines.append(f"{where}: {'.'.join(path)}: {problem['msg']}")
+    return "\n".join(lines)
+
+
+def _known_keys() -> list[str]:
+    keys: set[str] = set()
+    for part in (Recipe, Rule, Calibration, Shapes, Validation, QuantSpec):
+        keys |= set(part.model_fields)
+    return sorted(keys | {"kind", "momentum", "percentile", "grid", "exponent"})

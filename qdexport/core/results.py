@@ -1,0 +1,222 @@
+"""The machine-readable results: ``manifest.json`` and ``report.json`` (keys are documented in docs/results.md)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+
+from qdexport.core.files import tree_sha256, write_json
+from qdexport.errors import ModelError
+
+__all__ = [
+    "Artifact", "Coverage", "EndToEnd", "EngineFacts", "KernelFact", "LayerParity", "Manifest", "Parity", "Plan",
+    "Quality", "QualityScores", "Report", "StageFacts",
+]
+
+_T = TypeVar("_T", bound=BaseModel)
+ArtifactKind = Literal["checkpoint", "onnx", "engine", "plan", "report", "images", "golden", "plugin", "log"]
+
+# JSON has no infinity; identical tensors have infinite SQNR, written as 999 dB
+_INFINITE_DB = 999.0
+Decibel = Annotated[float, PlainSerializer(lambda v: min(v, _INFINITE_DB) if not math.isnan(v) else -_INFINITE_DB)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Artifact(_Record):
+    """One file or folder that a stage made; ``inputs`` are the digests it was made from."""
+
+    kind: ArtifactKind
+    path: str
+    sha256: str
+    stage: str
+    inputs: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: Path, path: Path, kind: ArtifactKind, stage: str, inputs: dict[str, str]) -> Artifact:
+        """Describes a finished file or folder below ``root``."""
+        return cls(kind=kind, path=path.relative_to(root).as_posix(), sha256=tree_sha256(path), stage=stage, inputs=inputs)
+
+
+class Manifest(_Record):
+    """Everything in an output folder and where it came from."""
+
+    schema_version: Literal[1] = 1
+    tool_version: str
+    model: str
+    recipe_digest: str
+    target: str
+    environment: dict[str, str] = Field(default_factory=dict)
+    artifacts: list[Artifact] = Field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Writes atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Reads a manifest. Raises ``ModelError`` when the file is absent or not one of ours."""
+        return _load(cls, path)
+
+    def artifact(self, kind: ArtifactKind) -> Artifact | None:
+        """The last artifact of a kind."""
+        return next((item for item in reversed(self.artifacts) if item.kind == kind), None)
+
+
+class QualityScores(_Record):
+    """Scores of one set of images; ``frechet`` is to real images, ``frechet_fp`` to the FP model's images."""
+
+    mse: float | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
+    frechet: float | None = None
+    frechet_fp: float | None = None
+    alignment: float | None = None
+
+
+class Quality(_Record):
+    """Images of the FP model against the quantized one: same prompts and seeds, values in [-1, 1], PSNR peak 2."""
+
+    images: int
+    steps: int
+    seed: int
+    fp: QualityScores
+    quantized: QualityScores
+    onnx: QualityScores | None = None
+    error_per_step: list[dict[str, float]] = Field(default_factory=list)
+
+
+class Coverage(_Record):
+    """Compute type per layer: planned, found in the ONNX file, found in the compiled plan."""
+
+    planned: dict[str, str]
+    onnx: dict[str, str]
+    engine: dict[str, str] = Field(default_factory=dict)
+    bits: dict[str, list[int]] = Field(default_factory=dict)
+    why: dict[str, str] = Field(default_factory=dict)
+    macs_planned_share: float = 0.0
+    mismatches: list[str] = Field(default_factory=list)
+
+
+class LayerParity(_Record):
+    """One layer on identical inputs: the worst step; flips are shares of differing integer codes."""
+
+    name: str
+    sqnr_db: Decibel
+    code_flip_rate: float
+    weight_flip_rate: float = 0.0
+    steps: int = 0
+
+
+class EndToEnd(_Record):
+    """One denoiser call, ONNX against fake-quant PyTorch, beside the floor that mere rounding sets."""
+
+    sqnr_db: Decibel
+    noise_floor_db: Decibel
+
+
+class Parity(_Record):
+    """Compiler parity (tier 2)."""
+
+    reference: str
+    layers: list[LayerParity]
+    end_to_end: EndToEnd
+    verdict: Literal["pass", "fail"]
+    reasons: list[str] = Field(default_factory=list)
+
+
+class KernelFact(_Record):
+    """One entry of the compiled plan. ``modules`` are the torch module paths it came from."""
+
+    index: int
+    name: str
+    kind: str
+    inputs: list[str] = Field(default_factory=list)
+    outputs: list[str] = Field(default_factory=list)
+    tactic: str = ""
+    nodes: list[str] = Field(default_factory=list)
+    modules: list[str] = Field(default_factory=list)
+
+
+class Plan(_Record):
+    """The kernel plan of an engine, read from the build log."""
+
+    schema_version: Literal[1] = 1
+    target: str
+    kernels: list[KernelFact]
+
+    def save(self, path: Path) -> None:
+        """Writes atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Reads a plan. Raises ``ModelError`` when the file is absent or not one of ours."""
+        return _load(cls, path)
+
+
+class EngineFacts(_Record):
+    """What the builder made; kernels are plan entries without stream signals and waits."""
+
+    target: str
+    compute_capabilities: list[str]
+    bytes: int
+    kernels: int
+    kernels_by_type: dict[str, int]
+    int8_compute: int
+    fp_compute: int
+    attention_kernels: int
+    build_seconds: float
+    peak_rss_mb: float
+    builder_version: str = ""
+    kernels_fp_baseline: int | None = None
+
+
+class StageFacts(_Record):
+    """Cost of one stage; a cached stage was found again by the digest of its inputs."""
+
+    seconds: float
+    peak_rss_mb: float
+    cached: bool
+
+
+class Report(_Record):
+    """``report.json``; a key is present when its stage ran."""
+
+    schema_version: Literal[1] = 1
+    tool_version: str
+    model: str
+    recipe: str
+    target: str
+    body: str = ""
+    quality: Quality | None = None
+    coverage: Coverage | None = None
+    parity: Parity | None = None
+    engine: EngineFacts | None = None
+    stages: dict[str, StageFacts] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Writes atomically, without the keys of stages that did not run."""
+        write_json(path, self.model_dump(mode="json", exclude_none=True))
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Reads a report. Raises ``ModelError`` when the file is absent or not one of ours."""
+        return _load(cls, path)
+
+
+def _load(cls: type[_T], path: Path) -> _T:
+    try:
+        return cls.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist; run `qdexport compile` first, or name another folder") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ModelError(f"{path} is not a {cls.__name__.lower()} file of qdexport: {where}: {first['msg']}") from error

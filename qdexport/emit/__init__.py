@@ -1,0 +1,1 @@
+"""Writes legal ONNX files and reads back what is in them."""

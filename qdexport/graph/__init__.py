@@ -1,0 +1,1 @@
+"""Typed reads, edits, execution and verification of ONNX graphs (onnx_ir and numpy only)."""

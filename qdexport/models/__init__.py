@@ -1,0 +1,1 @@
+"""Reads diffusers models, and knows how to call and sample them."""

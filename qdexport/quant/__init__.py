@@ -1,0 +1,1 @@
+"""Quantizers, observers, calibration and quantized checkpoints, in PyTorch."""

@@ -1,0 +1,64 @@
+"""Affine quantization as pure functions of tensors: parameters from ranges, codes, and values from codes.
+
+All arithmetic is FP32 with round half to even, on every dtype of input, so that codes can be compared with ``==``
+across PyTorch, numpy and ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qdexport.core.spec import QuantSpec
+
+__all__ = ["dequantize", "fake_quantize_reference", "parameters_from_range", "quantize_codes"]
+
+# A channel that is all zero has no range; any positive scale codes it exactly. One such channel must not touch others.
+_UNIT_RANGE = 1.0
+
+
+def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover ``[low, high]`` (which is widened to hold 0, so that 0 is exact).
+
+    Symmetric, signed: ``scale = max(|low|, |high|) / qmax``, zero point 0. Symmetric, unsigned: ``scale = high / qmax``.
+    Asymmetric: ``scale = (high - low) / (qmax - qmin)``, ``zero_point = clip(rint(qmin - low / scale), qmin, qmax)``.
+    Computed in float64 and rounded once to FP32.
+
+    Args:
+        low: smallest values, any shape.
+        high: largest values, same shape.
+        spec: the quantizer.
+
+    Returns:
+        FP32 scale (positive) and FP32 integer-valued zero point, both of the shape of ``low``.
+    """
+    low64, high64 = low.double().clamp(max=0), high.double().clamp(min=0)
+    if spec.symmetric:
+        reach = torch.maximum(-low64, high64) if spec.signed else high64
+        scale = torch.where(reach > 0, reach, _UNIT_RANGE) / spec.qmax
+        return _positive(scale), torch.zeros_like(low, dtype=torch.float32)
+    width = high64 - low64
+    scale = torch.where(width > 0, width, _UNIT_RANGE) / (spec.qmax - spec.qmin)
+    zero_point = (spec.qmin - low64 / scale).round().clamp(spec.qmin, spec.qmax)
+    return _positive(scale), zero_point.float()
+
+
+def _positive(scale: Tensor) -> Tensor:
+    # a subnormal scale would overflow its reciprocal in the engine
+    return scale.float().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Integer codes as FP32 values: ``clip(rint(x / scale) + zero_point, qmin, qmax)``; scale broadcasts against ``x``."""
+    return (x.float() / scale).round_().add_(zero_point).clamp_(qmin, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Values of codes: ``(codes - zero_point) * scale`` in FP32."""
+    return (codes - zero_point) * scale
+
+
+def fake_quantize_reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Quantizes and dequantizes with broadcasting parameters; the result has the dtype of ``x``."""
+    codes = quantize_codes(x, scale, zero_point, qmin, qmax)
+    return codes.sub_(zero_point).mul_(scale).to(x.dtype)

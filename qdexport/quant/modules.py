@@ -1,0 +1,190 @@
+"""Quantized layers: ordinary Conv2d and Linear with a quantizer on the input and one on the weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdexport.core.spec import QuantSpec
+from qdexport.errors import ModelError
+from qdexport.quant.ops import NO_AXIS, fake_quantize
+
+__all__ = [
+    "ActivationQuantizer", "QuantConv2d", "QuantLinear", "QuantSplitConv2d", "StepContext", "StepRows",
+    "WeightQuantizer", "install_step_rows",
+]
+
+
+@dataclass
+class StepContext:
+    """The table row of the running denoiser call; one object shared by all step tables of a model.
+
+    ``row`` is INT64 ``[1]`` or ``[N]``, set from the raw timestep before each call, never by counting calls.
+    """
+
+    row: Tensor | None = None
+
+
+class StepRows(nn.Module):
+    """Looks the table row of a raw scheduler timestep up: the nearest calibrated step.
+
+    Args:
+        timesteps: the calibrated steps, one per row, in any order.
+        training_steps: number of training timesteps of the scheduler.
+        context: where the row is put.
+    """
+
+    row_of_timestep: Tensor
+
+    def __init__(self, timesteps: list[int], training_steps: int, context: StepContext) -> None:
+        super().__init__()
+        self.timesteps = list(timesteps)
+        self.context = context
+        distance = (torch.arange(training_steps)[:, None] - torch.tensor(timesteps)[None, :]).abs()
+        self.register_buffer("row_of_timestep", distance.argmin(dim=1), persistent=False)
+
+    def forward(self, timestep: Tensor) -> None:
+        """Selects the row of ``timestep`` (any numeric dtype, scalar, ``[1]`` or ``[N]``).
+
+        Raises:
+            ModelError: a timestep outside the training range.
+        """
+        index = timestep.reshape(-1).round().to(torch.int64)
+        if not torch.compiler.is_compiling():
+            last = self.row_of_timestep.shape[0] - 1
+            if bool(((index < 0) | (index > last)).any()):
+                raise ModelError(
+                    f"timestep {timestep.flatten().tolist()} is outside the training range 0..{last}; "
+                    "use a scheduler with the model's own number of training steps"
+                )
+        self.context.row = self.row_of_timestep[index]
+
+
+def install_step_rows(denoiser: nn.Module, rows: StepRows) -> None:
+    """Registers the lookup so that every call of ``denoiser(sample, timestep, ...)`` selects its rows first."""
+    denoiser.step_rows = rows
+    denoiser.register_forward_pre_hook(_select_row, with_kwargs=True)
+
+
+def _select_row(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    device = next(module.parameters()).device
+    step_rows = module.get_submodule("step_rows")
+    step_rows(timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], device=device))
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake quantization of a layer's input, one scale per tensor, one row per step (R = 1 is static)."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, scale: Tensor, zero_point: Tensor, context: StepContext | None = None) -> None:
+        super().__init__()
+        if scale.dim() != 1 or scale.shape != zero_point.shape:
+            raise ValueError(f"activation scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} must be [R]")
+        self.spec = spec
+        self.context = context
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("zero_point", zero_point.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = self.context.row if self.context is not None and self.scale.shape[0] > 1 else None
+        return fake_quantize(x, self.scale, self.zero_point, row, self.spec.qmin, self.spec.qmax, NO_AXIS)
+
+
+class WeightQuantizer(nn.Module):
+    """Fake quantization of a weight, one scale per output channel (axis 0) or per tensor."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, spec: QuantSpec, scale: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("scale", scale.float())  # [1, C] or [1]
+        self.register_buffer("zero_point", torch.zeros_like(self.scale))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        axis = 0 if self.scale.dim() == 2 else NO_AXIS
+        return fake_quantize(weight, self.scale, self.zero_point, None, self.spec.qmin, self.spec.qmax, axis)
+
+
+class QuantConv2d(nn.Conv2d):
+    """``y = conv(Q_x(x), Q_w(W)) + b``; shares the weight and bias of the layer it replaces."""
+
+    input_quantizer: ActivationQuantizer
+    weight_quantizer: WeightQuantizer
+
+    @classmethod
+    def wrap(cls, conv: nn.Conv2d, inputs: ActivationQuantizer, weights: WeightQuantizer) -> QuantConv2d:
+        """Replaces ``conv``; nothing is copied."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = {**conv.__dict__, "_modules": {}, "_parameters": dict(conv._parameters)}
+        layer.input_quantizer = inputs
+        layer.weight_quantizer = weights
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantSplitConv2d(nn.Conv2d):
+    """A convolution over ``concat(hidden, skip)`` whose input-channel groups have quantizers of their own.
+
+    ``y = sum_i conv(Q_i(x_i), Q_i(W_i)) + b`` with ``x_i``, ``W_i`` the channel groups (Q-Diffusion, MixDQ).
+    """
+
+    splits: tuple[int, ...]
+    input_quantizers: nn.ModuleList
+    weight_quantizers: nn.ModuleList
+
+    @classmethod
+    def wrap(
+        cls, conv: nn.Conv2d, splits: tuple[int, ...], inputs: list[ActivationQuantizer], weights: list[WeightQuantizer]
+    ) -> QuantSplitConv2d:
+        """Replaces ``conv``; nothing is copied. Raises ``ValueError`` when the splits do not cover the channels."""
+        if sum(splits) != conv.in_channels or conv.groups != 1:
+            raise ValueError(f"splits {splits} do not cover {conv.in_channels} input channels in one group")
+        layer = cls.__new__(cls)
+        layer.__dict__ = {**conv.__dict__, "_modules": {}, "_parameters": dict(conv._parameters)}
+        layer.splits = splits
+        layer.input_quantizers = nn.ModuleList(inputs)
+        layer.weight_quantizers = nn.ModuleList(weights)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.split(self.splits, dim=1)
+        kernels = self.weight.split(self.splits, dim=1)
+        total: Tensor | None = None
+        for part, kernel, inputs, weights in zip(
+            parts, kernels, self.input_quantizers, self.weight_quantizers, strict=True
+        ):
+            y = self._conv_forward(inputs(part), weights(kernel), self.bias if total is None else None)
+            total = y if total is None else total + y
+        if total is None:
+            raise ValueError("a split convolution has at least one group")
+        return total
+
+
+class QuantLinear(nn.Linear):
+    """``y = Q_x(x) Q_w(W)^T + b``; shares the weight and bias of the layer it replaces."""
+
+    input_quantizer: ActivationQuantizer
+    weight_quantizer: WeightQuantizer
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear, inputs: ActivationQuantizer, weights: WeightQuantizer) -> QuantLinear:
+        """Replaces ``linear``; nothing is copied."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = {**linear.__dict__, "_modules": {}, "_parameters": dict(linear._parameters)}
+        layer.input_quantizer = inputs
+        layer.weight_quantizer = weights
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)

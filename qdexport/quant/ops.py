@@ -1,0 +1,97 @@
+"""The custom operator ``qdexport::fake_quantize``: one node that carries a quantizer through ``torch.export``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdexport.quant.affine import fake_quantize_reference
+
+__all__ = ["NO_AXIS", "fake_quantize"]
+
+NO_AXIS = -1  # the quantizer has one scale per tensor
+
+
+@torch.library.custom_op("qdexport::fake_quantize", mutates_args=())
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, qmin: int, qmax: int, axis: int
+) -> Tensor:
+    """Quantizes and dequantizes: ``y = (clip(rint(x / s) + z, qmin, qmax) - z) * s`` in FP32, half to even.
+
+    Args:
+        x: any floating dtype and shape; samples along dimension 0 when ``row`` has more than one entry.
+        scale: FP32, positive, ``[R]`` (one scale per tensor) or ``[R, C]`` (C channels along ``axis``); R table rows.
+        zero_point: FP32, integer valued, same shape as ``scale``.
+        row: INT64 ``[1]`` or ``[N]`` (one row per sample); None when R is 1.
+        qmin: smallest code.
+        qmax: largest code.
+        axis: channel axis of ``x``, or ``NO_AXIS``.
+
+    Returns:
+        A tensor like ``x``. The gradients are straight-through for ``x`` and those of LSQ+ for scale and zero point
+        (EfficientDM's reference; Esser et al. 2020, Bhalgat et al. 2020), without LSQ's gradient scale.
+    """
+    return fake_quantize_reference(x, *_broadcast(x, scale, zero_point, row, axis), qmin, qmax)
+
+
+@fake_quantize.register_fake
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, qmin: int, qmax: int, axis: int
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
+    """Parameters of the selected rows, in a shape that broadcasts against ``x``."""
+    if row is None:
+        scale, zero_point = scale[:1], zero_point[:1]
+    else:
+        scale, zero_point = scale[row], zero_point[row]
+    shape = [scale.shape[0]] + [1] * (x.dim() - 1)
+    if axis != NO_AXIS:
+        if axis == 0:  # rows cannot select per sample along the channel axis itself
+            shape[0] = scale.shape[-1]
+        else:
+            shape[axis] = scale.shape[-1]
+    return scale.reshape(shape), zero_point.reshape(shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, row, qmin, qmax, axis = inputs
+    ctx.save_for_backward(x, scale, zero_point, row)
+    ctx.range_and_axis = (qmin, qmax, axis)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, zero_point, row = ctx.saved_tensors
+    qmin, qmax, axis = ctx.range_and_axis
+    s, z = _broadcast(x, scale, zero_point, row, axis)
+    ratio = x.float() / s
+    code = ratio.round() + z
+    below, above = code < qmin, code > qmax
+    inside = ~(below | above)
+    wide = grad.float()
+    grad_x = torch.where(inside, wide, 0).to(x.dtype)
+    grad_scale = grad_zero = None
+    if ctx.needs_input_grad[1]:
+        bound = torch.where(below, qmin - z, qmax - z)
+        local = torch.where(inside, ratio.round() - ratio, bound)
+        grad_scale = _reduce_to_rows(wide * local, s, scale, row)
+    if ctx.needs_input_grad[2]:
+        grad_zero = _reduce_to_rows(torch.where(inside, 0, -wide * s), s, scale, row)
+    return grad_x, grad_scale, grad_zero, None, None, None, None
+
+
+def _reduce_to_rows(elementwise: Tensor, broadcast: Tensor, table: Tensor, row: Tensor | None) -> Tensor:
+    """Sums a gradient over what one scale covers, and adds it to the rows of the table that were used."""
+    summed = elementwise.sum_to_size(broadcast.shape)
+    rows = torch.zeros_like(table)
+    if row is None:
+        rows[:1] = summed.reshape(rows[:1].shape)
+        return rows
+    return rows.index_add(0, row, summed.reshape(row.shape[0], *table.shape[1:]))
+
+
+fake_quantize.register_autograd(_backward, setup_context=_setup_context)
