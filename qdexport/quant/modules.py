@@ -53,7 +53,8 @@ class StepRows(nn.Module):
         Raises:
             ModelError: a timestep outside the training range.
         """
-        index = timestep.reshape(-1).round().to(torch.int64)
+        flat = timestep.reshape(-1)
+        index = (flat.round() if flat.is_floating_point() else flat).to(torch.int64)
         if not torch.compiler.is_compiling():
             last = self.row_of_timestep.shape[0] - 1
             if bool(((index < 0) | (index > last)).any()):

@@ -1,0 +1,51 @@
+"""The quantized dialect between capture and lowering: one operator, ``qdexport::FakeQuantize``."""
+
+from __future__ import annotations
+
+import onnx
+
+__all__ = ["DOMAIN", "FAKE_QUANTIZE", "LAYER_KEY", "NO_AXIS", "register_schema"]
+
+DOMAIN = "qdexport"
+FAKE_QUANTIZE = "FakeQuantize"
+VERSION = 1
+NO_AXIS = -1
+
+# metadata of a node: the path of the torch module that it came from
+LAYER_KEY = "qdexport.module"
+
+_DOC = """Affine fake quantization in FP32, round half to even:
+y = (clip(rint(x / scale[row]) + zero_point[row], qmin, qmax) - zero_point[row]) * scale[row].
+scale and zero_point are [R] (per tensor) or [R, C] (C channels along axis); row is INT64 [1] or [N], absent when R = 1."""
+
+
+def register_schema() -> None:
+    """Makes the operator known to onnx, so that exporters, checkers and shape inference accept it. Idempotent."""
+    if onnx.defs.has(FAKE_QUANTIZE, DOMAIN):
+        return
+    schema = onnx.defs.OpSchema
+    onnx.defs.register_schema(
+        schema(
+            FAKE_QUANTIZE,
+            DOMAIN,
+            VERSION,
+            doc=_DOC,
+            inputs=[
+                schema.FormalParameter("x", "T", "a floating-point tensor"),
+                schema.FormalParameter("scale", "tensor(float)", "positive"),
+                schema.FormalParameter("zero_point", "tensor(float)", "integer valued"),
+                schema.FormalParameter(
+                    "row", "tensor(int64)", "table row", param_option=schema.FormalParameterOption.Optional
+                ),
+            ],
+            outputs=[schema.FormalParameter("y", "T", "like x")],
+            type_constraints=[
+                ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")
+            ],
+            attributes=[
+                schema.Attribute("qmin", onnx.defs.OpSchema.AttrType.INT, "smallest code"),
+                schema.Attribute("qmax", onnx.defs.OpSchema.AttrType.INT, "largest code"),
+                schema.Attribute("axis", onnx.defs.OpSchema.AttrType.INT, "channel axis, or -1"),
+            ],
+        )
+    )
