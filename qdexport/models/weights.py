@@ -1,0 +1,260 @@
+"""The weight files of one component: which there are, and whether they are whole, finite and safe to read.
+
+Everything is checked here, before diffusers sees the folder, so that a user reads which file is wrong.
+Tensors are looked at one at a time through a memory map: a check costs one pass over the disk and no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import pickle
+import re
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qdexport.errors import ModelError
+
+__all__ = ["WeightFiles", "check_weights", "find_weights", "read_json", "stored_dtype", "variants_in"]
+
+logger = logging.getLogger(__name__)
+
+# diffusers models, then transformers models; the second name of each is the pickled form
+_STEMS: Final = (
+    ("diffusion_pytorch_model", "diffusion_pytorch_model"),
+    ("model", "pytorch_model"),
+)
+_SAFETENSORS_DTYPES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_TORCH_DTYPES: Final = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_LFS_POINTER: Final = b"version https://git-lfs"
+_HEADER_LIMIT: Final = 100_000_000  # the safetensors format's own limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The files that hold one component's weights.
+
+    Attributes:
+        files: One file, or all shards of an index.
+        pickled: Whether they are PyTorch pickles, not safetensors.
+        index: The index of a sharded checkpoint, or None.
+    """
+
+    files: tuple[Path, ...]
+    pickled: bool
+    index: Path | None = None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        ModelError: The file is missing, no JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing; download the model again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a JSON {type(value).__name__}, expected an object with named fields")
+    return value
+
+
+def find_weights(folder: Path, variant: str | None) -> WeightFiles:
+    """Finds the weights of a variant: safetensors before pickles, an index before a single file.
+
+    Args:
+        folder: A component's folder.
+        variant: For instance `fp16` (`model.fp16.safetensors`); None for the files without a variant.
+
+    Raises:
+        ModelError: There are none (the message lists the variants there), or a shard of the index is missing.
+    """
+    for pickled in (False, True):
+        for safe_stem, pickle_stem in _STEMS:
+            stem, suffix = (pickle_stem, "bin") if pickled else (safe_stem, "safetensors")
+            index = _first_file(folder, _index_names(stem, suffix, variant))
+            if index is not None:
+                return WeightFiles(files=_shards(index), pickled=pickled, index=index)
+            single = _first_file(folder, (".".join(_with_variant([stem, suffix], variant)),))
+            if single is not None:
+                return WeightFiles(files=(single,), pickled=pickled)
+    raise ModelError(_no_weights_message(folder, variant))
+
+
+def variants_in(folder: Path) -> list[str]:
+    """Names of the variants that a component folder has weights of, without the plain one."""
+    stems = "|".join(sorted({re.escape(stem) for pair in _STEMS for stem in pair}))
+    patterns = (
+        rf"(?:{stems})\.([A-Za-z0-9_]+)(?:-\d+-of-\d+)?\.(?:safetensors|bin)",
+        rf"(?:{stems})-\d+-of-\d+\.([A-Za-z0-9_]+)\.(?:safetensors|bin)",
+    )
+    matches = (re.fullmatch(pattern, item.name) for item in folder.iterdir() for pattern in patterns)
+    return sorted({match[1] for match in matches if match is not None})
+
+
+def stored_dtype(weights: WeightFiles) -> str:
+    """The type of most floating-point weights on disk: `fp32`, `fp16` or `bf16`.
+
+    Raises:
+        ModelError: Most of the weights have another type (float8, integers).
+    """
+    sizes: Counter[str] = Counter()
+    for path in weights.files:
+        if weights.pickled:
+            for tensor in _load_pickle(path).values():
+                sizes[_TORCH_DTYPES.get(tensor.dtype, str(tensor.dtype))] += tensor.nbytes
+        else:
+            for entry in _read_header(path).values():
+                begin, end = entry["data_offsets"]
+                sizes[_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"])] += end - begin
+    if not sizes:
+        raise ModelError(f"{weights.files[0]} holds no tensors; download the model again")
+    dtype, _ = sizes.most_common(1)[0]
+    if dtype not in _SAFETENSORS_DTYPES.values():
+        raise ModelError(
+            f"the weights in {weights.files[0].parent} are stored as {dtype}, not as fp32, fp16 or bf16; "
+            "give torch_dtype to convert them while loading, or start from the unquantized checkpoint"
+        )
+    return dtype
+
+
+def check_weights(weights: WeightFiles) -> None:
+    """Reads every weight once and refuses files that are truncated or hold NaN or infinity.
+
+    Raises:
+        ModelError: Names the file, and the tensor where one is wrong.
+    """
+    for path in weights.files:
+        count = 0
+        for name, tensor in _tensors(path, pickled=weights.pickled):
+            count += 1
+            _check_finite(path, name, tensor)
+        logger.debug("%s: %d tensors, all finite", path, count)
+
+
+def _with_variant(parts: list[str], variant: str | None) -> list[str]:
+    return parts if variant is None else [*parts[:-1], variant, parts[-1]]
+
+
+def _index_names(stem: str, suffix: str, variant: str | None) -> tuple[str, ...]:
+    if variant is None:
+        return (f"{stem}.{suffix}.index.json",)
+    # the second spelling is the one diffusers wrote before 0.31
+    return (f"{stem}.{suffix}.index.{variant}.json", f"{stem}.{variant}.{suffix}.index.json")
+
+
+def _first_file(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index} has no weight_map; download the model again")
+    names = sorted({str(name) for name in weight_map.values()})
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise ModelError(f"{index} names the shard {outside[0]!r}, which is not a file beside it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{index} names {len(names)} shards, but {missing[0]} is not there "
+            f"({len(missing)} missing); download the model again"
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _no_weights_message(folder: Path, variant: str | None) -> str:
+    variants = variants_in(folder)
+    listing = f"variants there: {', '.join(variants)}" if variants else "there are no variants"
+    if variant is not None:
+        return f"no weights of variant {variant!r} in {folder}; {listing}; or leave the variant out"
+    names = " or ".join(f"{stem}.safetensors" for stem, _ in _STEMS)
+    remedy = f"give variant={variants[0]!r}" if variants else "download the model again"
+    return f"no weights in {folder} ({names}); {listing}; {remedy}"
+
+
+def _tensors(path: Path, *, pickled: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    if pickled:
+        yield from _load_pickle(path).items()
+        return
+    _read_header(path)
+    try:
+        with safe_open(path, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - a reader is not iterable
+                yield name, reader.get_tensor(name)
+    except SafetensorError as error:
+        raise ModelError(f"{path} is not a legal safetensors file ({error}); download it again") from error
+
+
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """The tensors that a safetensors file declares; refuses a file that is shorter or longer than it says."""
+    _refuse_pointer(path)
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
+        if length > _HEADER_LIMIT:
+            raise ModelError(f"{path} ({size} bytes) has no safetensors header; download it again")
+        raw = stream.read(length)
+    if len(raw) < length:
+        raise ModelError(
+            f"{path} is truncated: it has {size} bytes, its header alone {8 + length}; download it again"
+        )
+    try:
+        header = json.loads(raw)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        declared = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ModelError(f"{path} has a broken safetensors header ({error}); download it again") from error
+    if size < declared:
+        raise ModelError(
+            f"{path} is truncated: it has {size} bytes, its header declares {declared}; download it again"
+        )
+    return entries
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelError(f"{path} is a git-lfs pointer; run `git lfs pull` in {path.parent}")
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """A pickled state dict, through the unpickler that builds nothing but tensors and containers."""
+    _refuse_pointer(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{path} is damaged or holds more than weights, and loading it could run code ({first_line}); "
+            "convert it to safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ModelError(f"{path} is not a whole PyTorch checkpoint ({error}); download it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{path} is not a dictionary of tensors; save the model with save_pretrained")
+    return state
+
+
+def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    # aminmax makes no mask of the tensor's size, and NaN wins over every number; float8 has no kernel for it
+    low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
+    for value in (low.item(), high.item()):
+        if not math.isfinite(value):
+            raise ModelError(f"{path}: tensor {name!r} holds {value}; take another checkpoint or variant")
