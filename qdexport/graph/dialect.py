@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-__all__ = ["DOMAIN", "FAKE_QUANTIZE", "LAYER_KEY", "NO_AXIS", "register_schema"]
+__all__ = ["DOMAIN", "FAKE_QUANTIZE", "LAYER_KEY", "NO_AXIS", "STEP_ROWS", "VERSION", "register_schema"]
 
 DOMAIN = "qdexport"
 FAKE_QUANTIZE = "FakeQuantize"
@@ -13,6 +13,8 @@ NO_AXIS = -1
 
 # metadata of a node: the path of the torch module that it came from
 LAYER_KEY = "qdexport.module"
+# the module that looks the activation rows of a timestep up
+STEP_ROWS = "step_rows"
 
 _DOC = """Affine fake quantization in FP32, round half to even:
 y = (clip(rint(x / scale[row]) + zero_point[row], qmin, qmax) - zero_point[row]) * scale[row].

@@ -1,0 +1,33 @@
+"""The compiler passes, in the order in which they run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qdexport.passes.fold_adapters import FoldAdapters
+from qdexport.passes.fold_time_embedding import FoldTimeEmbedding
+from qdexport.passes.legalize_types import LegalizeTypes
+from qdexport.passes.lower_bitwidth import LowerBitwidth
+from qdexport.passes.lower_timestep_scale import LowerTimestepScale
+from qdexport.passes.lower_zero_point import LowerZeroPoint
+from qdexport.passes.share_quantizers import ShareQuantizers
+
+if TYPE_CHECKING:
+    from qdexport.graph.runner import GraphPass
+
+__all__ = ["DEFAULT_ORDER", "default_passes"]
+
+DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
+    ShareQuantizers,
+    FoldTimeEmbedding,
+    FoldAdapters,
+    LowerZeroPoint,
+    LowerTimestepScale,
+    LowerBitwidth,
+    LegalizeTypes,
+)
+
+
+def default_passes() -> list[GraphPass]:
+    """One instance of every pass, in order."""
+    return [graph_pass() for graph_pass in DEFAULT_ORDER]

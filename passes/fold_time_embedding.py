@@ -1,0 +1,143 @@
+"""Replaces everything that depends on the timestep alone by one row of a table.
+
+Before: ``timestep -> sin/cos -> Linear -> SiLU -> Linear -> SiLU -> Linear (one per resnet) -> Add``
+After:  ``timestep -> Gather(row index) -> Gather(table) -> Split -> Add``
+
+Identity: a function of ``t`` alone is its table over the timesteps that occur. The rows are evaluated in FP32 and
+rounded once to the body's type. Where text or a class enters the embedding (SDXL), only the part before is tabled.
+Exact up to that rounding; a timestep without a row reads NaN, so that it can never pass unnoticed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qdexport.errors import GraphPassError
+from qdexport.graph.dialect import STEP_ROWS
+from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
+from qdexport.graph.evaluate import evaluate, subgraph
+from qdexport.graph.query import const_or_none, dtype_of, module_of, shape_of, value_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qdexport.graph.runner import PassContext, PassReport
+
+__all__ = ["FoldTimeEmbedding"]
+
+_BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
+_MODULE = "time_table"
+
+
+class FoldTimeEmbedding:
+    """Tables the float values that depend on the timestep alone; leaves the graph alone when the recipe keeps them."""
+
+    name: ClassVar[str] = "fold-time-embedding"
+    exact: ClassVar[bool] = True
+    runs_after: ClassVar[tuple[str, ...]] = ()
+
+    def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
+        spec = context.io.by_role("timestep")
+        if context.timesteps is None or spec is None:
+            return
+        timestep = next(value for value in model.graph.inputs if value.name == spec.name)
+        _bypass_expand(timestep)
+        frontier = _frontier(model, timestep)
+        if not frontier:
+            return
+        rows = [_evaluate_rows(model, timestep, frontier, step) for step in context.timesteps]
+        table = np.stack(rows)
+        report.touched.extend(sorted({module_of(node) for value in frontier if (node := value.producer())}))
+        _write_table(timestep, frontier, table, context)
+        remove_unused(model)
+
+
+def _bypass_expand(timestep: ir.Value) -> None:
+    """One timestep for the whole batch stays one row: what reads it adds it by broadcasting."""
+    if len(shape_of(timestep)) != 1 or shape_of(timestep)[0] != 1:
+        return
+    for use in list(timestep.uses()):
+        if use.node.op_type == "Expand" and use.idx == 0:
+            replace_value(use.node.outputs[0], timestep)
+
+
+def _frontier(model: ir.Model, timestep: ir.Value) -> list[ir.Value]:
+    """The float values that depend on the timestep alone and are read by something that does not."""
+    alone: dict[ir.Value, None] = {timestep: None}
+    for node in model.graph:
+        if module_of(node) == STEP_ROWS:
+            continue  # the row lookup of the activation scales has a pass of its own
+        sources = [value for value in node.inputs if value is not None and const_or_none(value) is None]
+        if sources and all(value in alone for value in sources):
+            alone.update(dict.fromkeys(node.outputs))
+    frontier = []
+    for value in alone:
+        readers = [use.node for use in value.uses() if not all(out in alone for out in use.node.outputs)]
+        readers = [node for node in readers if module_of(node) != STEP_ROWS]
+        if value is timestep and readers:
+            raise GraphPassError(
+                f"{readers[0].name} reads the raw timestep beside other inputs; say `time_embedding: keep` in the recipe"
+            )
+        if readers or value.is_graph_output():
+            _check_broadcast(value, readers)
+            frontier.append(value)
+    return frontier
+
+
+def _check_broadcast(value: ir.Value, readers: Sequence[ir.Node]) -> None:
+    wrong = [node.name for node in readers if node.op_type not in _BROADCASTING]
+    if wrong:
+        raise GraphPassError(
+            f"{value_name(value)} depends on the timestep alone, but {wrong[0]} does not broadcast it over the batch; "
+            "say `time_embedding: keep` in the recipe"
+        )
+
+
+def _evaluate_rows(model: ir.Model, timestep: ir.Value, frontier: Sequence[ir.Value], step: int) -> np.ndarray:
+    """The frontier's values at one timestep, flattened, FP32."""
+    small = _in_float32(subgraph(model, [timestep], frontier))
+    results = evaluate(small, {value_name(timestep): np.array([step], np.int64)})
+    return np.concatenate([np.asarray(results[value_name(value)], np.float32).ravel() for value in frontier])
+
+
+def _in_float32(model: ir.Model) -> ir.Model:
+    """The same small graph with FP16 constants and casts widened, so that sums are FP32."""
+    half = ir.DataType.FLOAT16
+    for value in model.graph.initializers.values():
+        array = const_or_none(value)
+        if array is not None and value.dtype == half:
+            value.const_value = ir.tensor(array.astype(np.float32), name=value.name)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == half:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+        for out in node.outputs:
+            if out.dtype == half:
+                out.type = ir.TensorType(ir.DataType.FLOAT)  # a new object: clones share theirs with the source
+    return model
+
+
+def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext) -> None:
+    first = next(node for node in frontier[0].graph or () if any(value in frontier for value in node.outputs))
+    writer = NodeWriter(first, _MODULE)
+    body = dtype_of(frontier[0])
+    index = np.full(context.training_steps, len(table), np.int64)
+    index[np.array(context.timesteps)] = np.arange(len(table))
+    poisoned = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)]).astype(body.numpy())
+    row = writer.op("Gather", [writer.constant("row_of_timestep", index), timestep], like=timestep)
+    count = shape_of(timestep)[0]
+    values = writer.op(
+        "Gather", [writer.constant("rows", poisoned), row], dtype=body, shape=[count, table.shape[1]]
+    )
+    shapes = [[count, *list(shape_of(value))[1:]] for value in frontier]
+    widths = [int(np.prod(shape[1:])) for shape in shapes]
+    sizes = writer.constant("widths", np.array(widths, np.int64))
+    parts = writer.many("Split", [values, sizes], {"axis": 1}, [[count, width] for width in widths])
+    for value, part, shape in zip(frontier, parts, shapes, strict=True):
+        if len(shape) != 2:
+            target = writer.constant("shape", np.array([-1, *shape[1:]], np.int64))
+            part = writer.op("Reshape", [part, target], dtype=body, shape=shape)  # noqa: PLW2901 the same value, reshaped
+        replace_value(value, part)

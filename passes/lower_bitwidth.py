@@ -1,0 +1,71 @@
+"""Lowers static symmetric activation quantizers of any width to a QuantizeLinear/DequantizeLinear pair in INT8.
+
+Before: ``x -> FakeQuantize(s, z=0, qmin, qmax)``
+After:  ``x [-> Cast] [-> Clip(qmin s, qmax s)] -> QuantizeLinear(s) -> DequantizeLinear(s) [-> Cast]``
+
+Identity: INT8 saturates at -128 and 127, so a narrower range needs a Clip only; ``rint(clip(x, a s, b s) / s) =
+clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact. This is the portable typed
+form: FP32 scales between casts, which TensorRT 10.0 to 11.4, TensorRT-RTX and ONNX Runtime all compute alike.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qdexport.errors import GraphPassError
+from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
+from qdexport.graph.query import const_of, dtype_of, graph_of, input_of, int_attr, is_fake_quantize, module_of
+
+if TYPE_CHECKING:
+    from qdexport.graph.runner import PassContext, PassReport
+
+__all__ = ["LowerBitwidth"]
+
+_INT8_MIN, _INT8_MAX = -128, 127
+
+
+class LowerBitwidth:
+    """Replaces every FakeQuantize that is left; refuses what earlier passes should have rewritten."""
+
+    name: ClassVar[str] = "lower-bitwidth"
+    exact: ClassVar[bool] = True
+    runs_after: ClassVar[tuple[str, ...]] = (
+        "share-quantizers", "fold-adapters", "lower-zero-point", "lower-timestep-scale",
+    )
+
+    def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
+        for node in list(model.graph):
+            if is_fake_quantize(node):
+                _lower(node)
+                report.touched.append(module_of(node))
+        if report.touched:
+            remove_unused(model)
+
+
+def _lower(node: ir.Node) -> None:
+    scale, zero_point = const_of(node, 1), const_of(node, 2)
+    qmin, qmax = int_attr(node, "qmin"), int_attr(node, "qmax")
+    if scale.size != 1 or zero_point.any() or qmin < _INT8_MIN or qmax > _INT8_MAX:
+        raise GraphPassError(
+            f"{module_of(node)}: a quantizer with {scale.size} scales and codes {qmin}..{qmax} is not symmetric INT8; "
+            "run lower-zero-point and lower-timestep-scale first"
+        )
+    step = np.float32(scale.reshape(-1)[0])
+    writer = NodeWriter(node)
+    body = dtype_of(node.outputs[0])
+    x = writer.cast(input_of(node, 0), ir.DataType.FLOAT)
+    if qmin > _INT8_MIN or qmax < _INT8_MAX:
+        bounds = [
+            None if at_end else writer.constant(label, np.float32(code) * step)
+            for label, code, at_end in (("low", qmin, qmin == _INT8_MIN), ("high", qmax, qmax == _INT8_MAX))
+        ]
+        x = writer.op("Clip", [x, *bounds], like=x)
+    scale_value = writer.constant("scale", np.float32(step))
+    zero = writer.constant("zero", np.int8(0))
+    codes = writer.op("QuantizeLinear", [x, scale_value, zero], dtype=ir.DataType.INT8, shape=x.shape)
+    restored = writer.op("DequantizeLinear", [codes, scale_value, zero], dtype=ir.DataType.FLOAT, shape=x.shape)
+    replace_value(node.outputs[0], writer.cast(restored, body))
+    graph_of(node).remove(node, safe=True)

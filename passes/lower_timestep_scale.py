@@ -1,0 +1,111 @@
+"""Lowers activation quantizers whose scale (and zero point) is a row of a table, chosen by the timestep.
+
+Before: ``x -> FakeQuantize(s[R], z[R], row) -> conv``
+After:  ``x -> Div s -> Round -> FakeQuantize(1) -> conv -> Mul s -> Add -> Cast`` with ``s = Split(Gather(table, row))``
+
+Identity: ``conv(W, s q) = s conv(W, q)`` for the scalar ``s`` of a call; zero points as in
+:mod:`qdexport.passes.unit_scale`. One Gather serves all quantizers. TensorRT requires constant scales in front of
+convolutions (a computed one crashes the RTX builder), hence the constant 1. Exact: the same division and rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qdexport.core.carrier import carrier_offset
+from qdexport.graph.edit import NodeWriter, remove_unused
+from qdexport.graph.query import const_of, input_of, int_attr, is_fake_quantize, module_of, shape_of
+from qdexport.passes.unit_scale import UnitScale, rewrite_unit_scale
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qdexport.graph.runner import PassContext, PassReport
+
+__all__ = ["LowerTimestepScale"]
+
+_MODULE = "step_table"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """The rows of one quantizer: FP32 ``[R]`` each."""
+
+    scale: np.ndarray
+    zero_point: np.ndarray
+    offset: int | None
+
+    def arrays(self) -> list[np.ndarray]:
+        """Scale, then zero point when there is one, then the correction when there is one."""
+        columns = [self.scale]
+        if self.zero_point.any() or self.offset is not None:
+            columns.append(self.zero_point)
+        if self.offset is not None:
+            exact = self.scale.astype(np.float64) * (self.offset - self.zero_point.astype(np.float64))
+            columns.append(exact.astype(np.float32))
+        return columns
+
+
+class LowerTimestepScale:
+    """Rewrites every FakeQuantize with a row input; all that share one row read one table."""
+
+    name: ClassVar[str] = "lower-timestep-scale"
+    exact: ClassVar[bool] = True
+    runs_after: ClassVar[tuple[str, ...]] = ("share-quantizers", "fold-adapters", "lower-zero-point")
+
+    def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
+        by_row: dict[ir.Value, list[ir.Node]] = {}
+        for node in model.graph:
+            if is_fake_quantize(node) and len(node.inputs) > 3 and node.inputs[3] is not None:
+                by_row.setdefault(input_of(node, 3), []).append(node)
+        for row, nodes in by_row.items():
+            _lower_all(row, nodes)
+            report.touched.extend(module_of(node) for node in nodes)
+        if report.touched:
+            remove_unused(model)
+
+
+def _lower_all(row: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    columns = [_columns(node) for node in nodes]
+    arrays = [array for column in columns for array in column.arrays()]
+    table = np.stack(arrays, axis=1).astype(np.float32)
+    writer = NodeWriter(nodes[0], _MODULE)
+    count = shape_of(row)[0]
+    gathered = writer.op(
+        "Gather", [writer.constant("rows", table), row], dtype=ir.DataType.FLOAT, shape=[count, table.shape[1]]
+    )
+    sizes = writer.constant("widths", np.ones(table.shape[1], np.int64))
+    parts = iter(writer.many("Split", [gathered, sizes], {"axis": 1}, [[count, 1]] * table.shape[1]))
+    for node, column in zip(nodes, columns, strict=True):
+        values = [_fit_rank(node, next(parts)) for _ in column.arrays()]
+        rewrite_unit_scale(
+            node,
+            UnitScale(
+                scale=values[0],
+                zero_point=values[1] if len(values) > 1 else None,
+                offset_is_zero_point=column.offset is None,
+                offset=column.offset or 0,
+                correction=values[2] if len(values) > 2 else None,
+            ),
+        )
+
+
+def _columns(node: ir.Node) -> _Columns:
+    scale, zero_point = const_of(node, 1).astype(np.float32), const_of(node, 2).astype(np.float32)
+    offset = carrier_offset(int_attr(node, "qmin"), int_attr(node, "qmax"), zero_point)
+    return _Columns(scale=scale, zero_point=zero_point, offset=offset)
+
+
+def _fit_rank(node: ir.Node, part: ir.Value) -> ir.Value:
+    """``[1, 1]`` broadcasts as it is; ``[N, 1]``, one row per sample, needs the rank of the quantized tensor."""
+    rank = len(shape_of(input_of(node, 0)))
+    count = shape_of(part)[0]
+    if count == 1 or rank <= 2:
+        return part
+    writer = NodeWriter(node, _MODULE)
+    target = writer.constant("per_sample", np.array([-1] + [1] * (rank - 1), np.int64))
+    return writer.op("Reshape", [part, target], dtype=part.dtype, shape=[count] + [1] * (rank - 1))

@@ -1,0 +1,142 @@
+"""From a fake-quant PyTorch denoiser to an ONNX graph of the quantized dialect, through torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from onnxscript import values
+from torch import Tensor, nn
+
+from qdexport.capture.naming import name_nodes
+from qdexport.errors import CaptureError
+from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
+from qdexport.models.denoiser import call_denoiser, example_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from qdexport.core.io_spec import IoSpec
+
+__all__ = ["Captured", "capture"]
+
+logger = logging.getLogger(__name__)
+
+OPSET = 20  # what the exporter writes natively; emit raises the number, the operators in use are unchanged in 21
+_PREFIX = "denoiser"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A graph in the quantized dialect, and its inputs and outputs; ``model`` is the only mutable part."""
+
+    model: ir.Model
+    io: IoSpec
+
+
+class _NamedInputs(nn.Module):
+    """Gives a denoiser of any signature the named inputs of an IoSpec."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return call_denoiser(self.denoiser, inputs)
+
+
+def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
+    """Exports a denoiser on the CPU.
+
+    Args:
+        denoiser: the fake-quant module in eval mode, weights in the body's dtype.
+        io: names, dtypes and shapes of inputs and outputs; ranges become dynamic dimensions.
+
+    Returns:
+        The graph with ``qdexport::FakeQuantize`` nodes; node names carry torch module paths.
+
+    Raises:
+        CaptureError: torch.export or the ONNX exporter cannot express the module.
+    """
+    register_schema()
+    inputs = example_inputs(io, seed=0)
+    with _quiet(), torch.no_grad():
+        try:
+            exported = torch.export.export(
+                _NamedInputs(denoiser), (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(io)
+            )
+        except Exception as error:  # noqa: BLE001  torch.export raises a dozen unrelated types
+            raise CaptureError(f"torch.export cannot trace {type(denoiser).__name__}: {_first_line(error)}") from error
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+                opset_version=OPSET,
+                custom_translation_table={torch.ops.qdexport.fake_quantize.default: _translate},
+                input_names=[spec.name for spec in io.inputs],
+                output_names=[spec.name for spec in io.outputs],
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise CaptureError(f"the ONNX exporter cannot translate the model: {_first_line(error)}") from error
+    if program is None:
+        raise CaptureError("the ONNX exporter returned nothing")
+    model: ir.Model = program.model
+    common_passes.RemoveUnusedNodesPass()(model)
+    name_nodes(model, _PREFIX)
+    logger.info("captured %d nodes", len(model.graph))
+    return Captured(model=model, io=io)
+
+
+def _translate(
+    x: Any, scale: Any, zero_point: Any, row: Any, qmin: int, qmax: int, axis: int
+) -> Any:
+    dialect = values.Opset(DOMAIN, VERSION)
+    inputs = (x, scale, zero_point) if row is None else (x, scale, zero_point, row)
+    return dialect.FakeQuantize(*inputs, qmin=qmin, qmax=qmax, axis=axis)
+
+
+def _dynamic_shapes(io: IoSpec) -> dict[str, dict[str, dict[int, Any]]] | None:
+    """The ranges of an IoSpec in torch.export's form; dimensions of one name are one symbol."""
+    symbols: dict[str, Any] = {}
+    shapes: dict[str, dict[int, Any]] = {}
+    for spec in io.inputs:
+        dims = {}
+        for axis, dim in enumerate(spec.dims):
+            if dim.dynamic:
+                dims[axis] = symbols.setdefault(dim.name, torch.export.Dim.DYNAMIC(min=dim.low, max=dim.high))
+        shapes[spec.name] = dims
+    return {"inputs": shapes} if symbols else None
+
+
+def _first_line(error: BaseException) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    lines = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's own chatter (torchvision absent, its deprecations) off the user's terminal."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=copyreg.__name__)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+            yield
+    finally:
+        registration.setLevel(level)

@@ -1,0 +1,62 @@
+"""Executes graphs in numpy, FakeQuantize included: the oracle that passes are checked against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from qdexport.graph.dialect import DOMAIN
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["evaluate", "fake_quantize_codes", "subgraph"]
+
+
+def fake_quantize_codes(
+    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int
+) -> np.ndarray:
+    """``clip(rint(x / scale) + zero_point, qmin, qmax)`` in FP32, half to even; parameters broadcast against ``x``."""
+    ratio = np.divide(x, scale, dtype=np.float32)
+    np.rint(ratio, out=ratio)
+    ratio += zero_point
+    return cast("np.ndarray", np.clip(ratio, qmin, qmax, out=ratio))
+
+
+class FakeQuantize(OpRun):  # type: ignore[misc]  # onnx ships no types for its reference operators
+    """``qdexport::FakeQuantize`` for onnx's reference evaluator."""
+
+    op_domain = DOMAIN
+
+    def _run(
+        self, x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, row: np.ndarray | None = None, *,
+        qmin: int, qmax: int, axis: int,
+    ) -> tuple[np.ndarray]:
+        index = np.zeros(1, np.int64) if row is None else row
+        scale, zero_point = scale[index], zero_point[index]
+        shape = [scale.shape[0]] + [1] * (x.ndim - 1)
+        if axis >= 0:
+            shape[axis] = scale.shape[-1]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+        codes = fake_quantize_codes(x, scale, zero_point, qmin, qmax)
+        return (((codes - zero_point) * scale).astype(x.dtype),)
+
+
+def evaluate(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Runs a model in numpy and returns its outputs by name. Slow and exact; meant for small graphs."""
+    proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+    runner = ReferenceEvaluator(proto, new_ops=[FakeQuantize])
+    names = list(runner.output_names)
+    return dict(zip(names, cast("list[Any]", runner.run(None, dict(feeds))), strict=True))
+
+
+def subgraph(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+    """A copy of what lies between ``inputs`` and ``outputs``, as a model of its own; the source is untouched."""
+    graph = ir.convenience.extract(model.graph, list(inputs), list(outputs))
+    graph.opset_imports.update(model.graph.opset_imports)
+    return ir.Model(graph, ir_version=model.ir_version)

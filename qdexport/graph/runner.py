@@ -1,0 +1,135 @@
+"""Runs passes in order: each is named, timed, checked, and may be dumped; each says what it could not do and why."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+import onnx_ir as ir
+
+from qdexport.errors import GraphPassError, QdExportError
+from qdexport.graph.edit import name_everything
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qdexport.core.io_spec import IoSpec
+    from qdexport.core.spec import LayerPlan
+    from qdexport.core.target import Target
+
+__all__ = ["GraphPass", "PassContext", "PassReport", "WhyNot", "run_passes"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassContext:
+    """What passes may read.
+
+    Attributes:
+        target: where the graph will run.
+        body: type of everything that is not quantized, ``fp32`` or ``fp16``.
+        io: inputs and outputs.
+        layers: the recipe's decision for every Conv2d and Linear.
+        timesteps: rows of the time table, exact scheduler timesteps; None keeps the time layers in the graph.
+        training_steps: number of training timesteps; valid timesteps are below it.
+    """
+
+    target: Target
+    body: Literal["fp32", "fp16"]
+    io: IoSpec
+    layers: tuple[LayerPlan, ...]
+    timesteps: tuple[int, ...] | None
+    training_steps: int
+
+    def plan_of(self, name: str) -> LayerPlan | None:
+        """The decision for a layer."""
+        return next((plan for plan in self.layers if plan.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class WhyNot:
+    """A place where a pass did not apply."""
+
+    node: str
+    reason: str
+
+
+@dataclass(slots=True)
+class PassReport:
+    """What one pass did; ``touched`` names the torch modules whose nodes it changed."""
+
+    name: str
+    exact: bool = True
+    changed: bool = False
+    nodes_before: int = 0
+    nodes_after: int = 0
+    seconds: float = 0.0
+    touched: list[str] = field(default_factory=list)
+    skipped: list[WhyNot] = field(default_factory=list)
+
+
+class GraphPass(Protocol):
+    """The contract of a pass: a class with a kebab-case name, what it must follow, and whether numbers stay equal.
+
+    ``apply`` edits the model in place, appends to ``report.touched`` and ``report.skipped``, and raises
+    ``GraphPassError`` (naming the torch module) for what it must refuse. A second run changes nothing.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    runs_after: ClassVar[tuple[str, ...]]
+
+    def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None: ...
+
+
+def run_passes(
+    model: ir.Model, passes: Sequence[GraphPass], context: PassContext, dump_dir: Path | None = None
+) -> list[PassReport]:
+    """Runs the passes in the given order.
+
+    Args:
+        model: edited in place.
+        passes: each may run only after those in its ``runs_after`` that are in the list at all.
+        context: read-only facts.
+        dump_dir: writes the graph after each pass as ``NN-name.onnx`` (weights apart) when given.
+
+    Returns:
+        One report per pass.
+
+    Raises:
+        GraphPassError: the order is wrong, or a pass refuses the graph; the message names pass and place.
+    """
+    _check_order(passes)
+    reports = []
+    for index, graph_pass in enumerate(passes, 1):
+        report = PassReport(graph_pass.name, exact=graph_pass.exact, nodes_before=len(model.graph))
+        started = time.perf_counter()
+        try:
+            graph_pass.apply(model, context, report)
+        except QdExportError as error:
+            raise GraphPassError(f"pass {index} {graph_pass.name!r}: {error}") from error
+        name_everything(model)
+        report.seconds = time.perf_counter() - started
+        report.nodes_after = len(model.graph)
+        report.changed = bool(report.touched)
+        logger.info(
+            "pass %d %s: %d -> %d nodes, %d modules touched, %.2f s",
+            index, report.name, report.nodes_before, report.nodes_after, len(report.touched), report.seconds,
+        )
+        if dump_dir is not None:
+            dump_dir.mkdir(parents=True, exist_ok=True)
+            ir.save(model, dump_dir / f"{index:02d}-{report.name}.onnx", external_data=f"{index:02d}-{report.name}.data")
+        reports.append(report)
+    return reports
+
+
+def _check_order(passes: Sequence[GraphPass]) -> None:
+    names = [graph_pass.name for graph_pass in passes]
+    for index, graph_pass in enumerate(passes):
+        late = [name for name in graph_pass.runs_after if name in names[index + 1 :]]
+        if late:
+            raise GraphPassError(f"pass {graph_pass.name!r} must run after {', '.join(late)}")
