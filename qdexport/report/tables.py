@@ -1,0 +1,154 @@
+"""Rows of the report's tables, put together from the parts of a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qdexport.report.facts import agrees, decibel, duration, number, rate
+
+if TYPE_CHECKING:
+    from qdexport.core.results import KernelFact, Plan, Quality, Report, StageFacts
+
+__all__ = ["Bar", "LayerRow", "QualityRow", "kernel_bars", "layer_rows", "quality_rows", "stage_bars"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRow:
+    """One layer of the coverage table; ``*_key`` are what the browser sorts by."""
+
+    name: str
+    bits: str
+    planned: str
+    onnx: str
+    engine: str
+    agrees: bool
+    sqnr: str
+    sqnr_key: float
+    flips: str
+    flips_key: float
+    kernels: tuple[KernelFact, ...]
+    kernel_summary: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class QualityRow:
+    """One score of the FP model, the quantized model and the ONNX file."""
+
+    label: str
+    note: str
+    fp: str
+    quantized: str
+    onnx: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One horizontal bar; ``share`` is its length in percent of the longest."""
+
+    label: str
+    value: str
+    share: float
+    note: str = ""
+
+
+_SCORES = (
+    ("alignment", "Alignment", "share of images that show what the prompt says; higher is better"),
+    ("psnr_db", "PSNR", "dB against the FP model's images; higher is better"),
+    ("mse", "MSE", "against the FP model's images, values in [-1, 1]; lower is better"),
+    ("ssim", "SSIM", "against the FP model's images; 1 is identical"),
+    ("frechet_fp", "Fréchet distance to FP", "feature distributions against the FP model's; lower is better"),
+    ("frechet", "Fréchet distance to real", "feature distributions against real images; lower is better"),
+)
+
+
+def quality_rows(quality: Quality) -> list[QualityRow]:
+    """The scores that were measured."""
+    rows = []
+    for key, label, note in _SCORES:
+        values = [
+            getattr(part, key) if part else None for part in (quality.fp, quality.quantized, quality.onnx)
+        ]
+        if any(value is not None for value in values):
+            rows.append(QualityRow(label, note, *(_score(key, value) for value in values)))
+    return rows
+
+
+def layer_rows(report: Report, plan: Plan | None) -> list[LayerRow]:
+    """One row per layer of the coverage; empty when coverage is unknown."""
+    coverage = report.coverage
+    if coverage is None:
+        return []
+    parity = {layer.name: layer for layer in report.parity.layers} if report.parity else {}
+    kernels = _kernels_by_layer(plan)
+    rows = []
+    for name, planned in coverage.planned.items():
+        base = name.partition("#")[0]
+        onnx, engine = coverage.onnx.get(name, "-"), coverage.engine.get(name, "-")
+        measured = parity.get(name) or parity.get(base)
+        bits = coverage.bits.get(name) or coverage.bits.get(base) or []
+        ran = kernels.get(name) or kernels.get(base) or []
+        flips = max(measured.code_flip_rate, measured.weight_flip_rate) if measured else -1.0
+        rows.append(
+            LayerRow(
+                name=name,
+                bits=" / ".join(map(str, bits)),
+                planned=planned,
+                onnx=onnx,
+                engine=engine,
+                agrees=agrees(planned, onnx) and (not coverage.engine or agrees(planned, engine)),
+                sqnr=decibel(measured.sqnr_db) if measured else "",
+                sqnr_key=measured.sqnr_db if measured else 1e9,
+                flips=rate(flips) if measured else "",
+                flips_key=flips,
+                kernels=tuple(ran),
+                kernel_summary=_summary(ran),
+                why=coverage.why.get(name) or coverage.why.get(base, ""),
+            )
+        )
+    return rows
+
+
+def kernel_bars(kinds: dict[str, int]) -> list[Bar]:
+    """Kernels by type, most frequent first."""
+    longest = max(kinds.values(), default=1)
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    return [Bar(kind, str(count), 100 * count / longest) for kind, count in ordered]
+
+
+def stage_bars(stages: dict[str, StageFacts]) -> list[Bar]:
+    """Seconds and memory of each stage, in the order in which they ran."""
+    longest = max((facts.seconds for facts in stages.values()), default=0.0) or 1.0
+    return [
+        Bar(
+            name,
+            duration(facts.seconds),
+            100 * facts.seconds / longest,
+            "found again, not run" if facts.cached else f"peak {facts.peak_rss_mb:.0f} MB",
+        )
+        for name, facts in stages.items()
+    ]
+
+
+def _score(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    if key == "psnr_db":
+        return decibel(value).removesuffix(" dB")
+    return f"{value:.3f}" if key in {"alignment", "ssim"} else number(value)
+
+
+def _kernels_by_layer(plan: Plan | None) -> dict[str, list[KernelFact]]:
+    found: dict[str, list[KernelFact]] = {}
+    for kernel in plan.kernels if plan else ():
+        for name in dict.fromkeys((*kernel.modules, *(item.partition("#")[0] for item in kernel.modules))):
+            found.setdefault(name, []).append(kernel)
+    return found
+
+
+def _summary(kernels: list[KernelFact]) -> str:
+    """Names what computes first; ``kgen`` are the generated pointwise kernels around it."""
+    counts = sorted(Counter(kernel.kind for kernel in kernels).items(), key=lambda item: item[0] == "kgen")
+    return ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in counts)

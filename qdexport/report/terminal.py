@@ -1,0 +1,160 @@
+"""The summary after a run: what a person needs in ten seconds, on any console of 80 columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from qdexport.report import facts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from qdexport.core.results import Coverage, EngineFacts, Parity, Quality, Report, StageFacts
+
+__all__ = ["summary"]
+
+_MOST_PROBLEMS = 6
+_BADGES = {"pass": "black on green", "fail": "white on red", "not checked": "black on yellow"}
+
+
+def summary(report: Report, console: Console, folder: Path | None = None) -> None:
+    """Prints a report in a few lines; what fell short is red.
+
+    Args:
+        report: the machine-readable results; only the stages that ran are shown.
+        console: where to print.
+        folder: the output folder, to say where to look next.
+    """
+    verdict = facts.verdict(report)
+    body = f", {report.body} body" if report.body else ""
+    head = Text.assemble(
+        (f" {verdict.word.upper()} ", f"bold {_BADGES[verdict.word]}"),
+        "  ",
+        (report.model, "bold"),
+        f", {report.recipe}, {report.target}{body}",
+    )
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, line in _lines(report):
+        table.add_row(name, _plain(line, console))
+    if folder is not None:
+        table.add_row("see", Text(str(folder / "report.html"), style="bold"))
+    console.print()
+    console.print(_plain(head, console))
+    console.print()
+    console.print(Padding(table, (0, 0, 0, 1)))
+    console.print()
+
+
+def _lines(report: Report) -> list[tuple[str, Text]]:
+    lines = []
+    if report.coverage is not None:
+        lines.append(("layers", _layers(report.coverage)))
+    if report.parity is not None:
+        told = _parity(report.parity, facts.sqnr_limit(report))
+        lines.extend(("" if index else "parity", line) for index, line in enumerate(told))
+    if report.quality is not None:
+        lines.append(("images", _images(report.quality)))
+    if report.engine is not None:
+        lines.append(("engine", _engine(report.engine)))
+    if report.stages:
+        lines.append(("time", _times(report.stages)))
+    if report.engine is not None and report.target == "tensorrt-rtx":
+        advice = "an INT8 kernel in an RTX plan is no proof of speed; for fast W8A8: --target tensorrt"
+        lines.append(("note", Text(advice, style="yellow")))
+    lines.extend(("note", Text(note, style="yellow")) for note in report.notes)
+    found = facts.problems(report)
+    lines.extend(
+        ("short" if index == 0 else "", Text(item, style="bold red"))
+        for index, item in enumerate(found[:_MOST_PROBLEMS])
+    )
+    if len(found) > _MOST_PROBLEMS:
+        lines.append(("", Text(f"and {len(found) - _MOST_PROBLEMS} more in report.json", style="bold red")))
+    return lines
+
+
+def _layers(coverage: Coverage) -> Text:
+    planned, onnx, engine = facts.coverage_counts(coverage)
+    counts = [
+        ("planned", planned),
+        ("in ONNX", onnx),
+        *([("in the engine", engine)] if engine is not None else []),
+    ]
+    text = Text(f"{facts.narrow_name(coverage.planned.values())}: ")
+    for index, (where, count) in enumerate(counts):
+        good = count == planned
+        text.append(f"{', ' if index else ''}{count} {where}", style="" if good else "bold red")
+    rest = len(coverage.planned) - planned
+    if rest:
+        text.append(f"; {rest} others ({facts.other_kinds(coverage)})")
+    return text
+
+
+def _parity(parity: Parity, limit: float) -> list[Text]:
+    flips, sqnr = facts.weakest(parity)
+    lines = []
+    if flips is not None and sqnr is not None:
+        lines.append(
+            Text(f"{facts.exact_layers(parity)} of {len(parity.layers)} layers with equal integer codes")
+        )
+        worst = max(flips.code_flip_rate, flips.weight_flip_rate)
+        if worst:
+            allowed = worst <= facts.MAX_CODE_FLIP_RATE and flips.weight_flip_rate == 0
+            lines.append(_worst("most flips", facts.rate(worst), flips.name, good=allowed))
+        lines.append(_worst("least SQNR", facts.decibel(sqnr.sqnr_db), sqnr.name, good=sqnr.sqnr_db >= limit))
+    whole = parity.end_to_end
+    good = whole.sqnr_db >= whole.noise_floor_db - facts.FLOOR_SLACK_DB
+    floor = f"(rounding alone {facts.decibel(whole.noise_floor_db)})"
+    lines.append(_worst("end to end", facts.decibel(whole.sqnr_db), floor, good=good))
+    return lines
+
+
+def _worst(what: str, value: str, where: str, *, good: bool) -> Text:
+    return Text.assemble(f"{what} ", (value, "bold" if good else "bold red"), f" {where}")
+
+
+def _images(quality: Quality) -> Text:
+    base, scores = quality.fp, quality.quantized
+    parts = []
+    if base.alignment is not None and scores.alignment is not None:
+        parts.append(f"alignment {base.alignment:.3f} → {scores.alignment:.3f}")
+    if scores.psnr_db is not None:
+        parts.append(f"PSNR {facts.decibel(scores.psnr_db)}")
+    if scores.mse is not None:
+        parts.append(f"MSE {facts.number(scores.mse)}")
+    return Text(f"{', '.join(parts)} ({quality.images} images, {quality.steps} steps)")
+
+
+def _engine(engine: EngineFacts) -> Text:
+    text = Text(f"{engine.kernels} kernels: ")
+    text.append(f"{engine.int8_compute} INT8", style="bold" if engine.int8_compute else "bold red")
+    text.append(f" and {engine.fp_compute} FP convs and gemms, {engine.attention_kernels} attention; ")
+    text.append(f"{facts.size(engine.bytes)}, built in {facts.duration(engine.build_seconds)}")
+    if engine.compute_capabilities:
+        text.append(f" for {', '.join(engine.compute_capabilities)}")
+    return text
+
+
+def _times(stages: dict[str, StageFacts]) -> Text:
+    ran = [f"{name} {facts.duration(item.seconds)}" for name, item in stages.items() if not item.cached]
+    cached = [name for name, item in stages.items() if item.cached]
+    total = facts.duration(sum(item.seconds for item in stages.values() if not item.cached))
+    parts = [f"{total} ({', '.join(ran)})"] if ran else []
+    if cached:
+        parts.append(f"found again: {', '.join(cached)}")
+    return Text("; ".join(parts))
+
+
+def _plain(text: Text, console: Console) -> Text:
+    """Without the arrow where the console cannot show it."""
+    if console.options.ascii_only:
+        pieces = text.split("→")
+        return Text("->").join(pieces)
+    return text
