@@ -91,7 +91,8 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
         raise CaptureError("the ONNX exporter returned nothing")
     model: ir.Model = program.model
     common_passes.RemoveUnusedNodesPass()(model)
-    name_nodes(model, _PREFIX)
+    lengths = {name: len(item) for name, item in denoiser.named_modules() if isinstance(item, nn.ModuleList)}
+    name_nodes(model, _PREFIX, lengths)
     logger.info("captured %d nodes", len(model.graph))
     return Captured(model=model, io=io)
 

@@ -1,0 +1,94 @@
+"""Writes the lowered graph as an ONNX file, whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_ir as ir
+
+from qdexport import __version__
+from qdexport.core.files import atomic_dir
+from qdexport.errors import EmitError
+from qdexport.graph.dialect import DOMAIN, LAYER_KEY
+from qdexport.graph.edit import name_everything
+
+if TYPE_CHECKING:
+    from qdexport.core.target import Target
+
+__all__ = ["MODEL_FILE", "OnnxFile", "emit"]
+
+logger = logging.getLogger(__name__)
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+_IR_VERSION = 10  # belongs to opset 21; older runtimes refuse newer numbers
+_SINGLE_FILE_BYTES = 1_500_000_000  # protobuf ends at 2 GiB
+_FULL_CHECK_BYTES = 200_000_000  # shape inference of larger files costs more than it finds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxFile:
+    """A finished file: its path, the bytes of file and external data together, and the number of nodes."""
+
+    path: Path
+    bytes: int
+    nodes: int
+
+
+def emit(model: ir.Model, folder: Path, target: Target, metadata: dict[str, str]) -> OnnxFile:
+    """Writes ``folder/model.onnx`` (and ``model.onnx.data`` for large weights), replacing the folder at once.
+
+    Args:
+        model: lowered; its opset number is set to the target's.
+        folder: replaced as a whole when everything was written and checked.
+        target: decides the opset.
+        metadata: stored in the file's metadata.
+
+    Raises:
+        EmitError: a node of the quantized dialect is left, or onnx's checker finds the file illegal.
+        OutputError: the folder cannot be written.
+    """
+    _finish(model, target, metadata)
+    weight_bytes = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
+    )
+    with atomic_dir(folder) as partial:
+        path = partial / MODEL_FILE
+        if weight_bytes > _SINGLE_FILE_BYTES:
+            ir.save(model, path, external_data=DATA_FILE)
+        else:
+            ir.save(model, path)
+        _check(path, full=weight_bytes <= _FULL_CHECK_BYTES)
+    size = sum(item.stat().st_size for item in folder.iterdir())
+    logger.info("wrote %s, %.1f MB, %d nodes", folder / MODEL_FILE, size / 1e6, len(model.graph))
+    return OnnxFile(path=folder / MODEL_FILE, bytes=size, nodes=len(model.graph))
+
+
+def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
+    left = [node.name for node in model.graph if node.domain == DOMAIN]
+    if left:
+        raise EmitError(f"{len(left)} nodes of the quantized dialect are left, the first is {left[0]}")
+    name_everything(model)
+    for node in model.graph:
+        # the module path is the first part of the node's name; stored twice it would only grow the file
+        node.metadata_props.pop(LAYER_KEY, None)
+        for value in node.outputs:
+            value.metadata_props.clear()
+    model.graph.opset_imports.clear()
+    model.graph.opset_imports[""] = target.opset
+    model.ir_version = _IR_VERSION
+    model.producer_name = "qdexport"
+    model.producer_version = __version__
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+
+
+def _check(path: Path, *, full: bool) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=full)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise EmitError(f"the emitted file is not legal ONNX: {str(error).splitlines()[0]}") from error
