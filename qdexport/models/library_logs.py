@@ -1,0 +1,37 @@
+"""Silence for the libraries that load and run models, for the length of a block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+__all__ = ["quiet_libraries"]
+
+
+@contextlib.contextmanager
+def quiet_libraries(*, progress_bars: bool = False) -> Iterator[None]:
+    """Lets diffusers and transformers log errors only; their settings come back after the block.
+
+    What they would warn about while loading (a missing safety checker, weights that are not in the file) is
+    either wanted or checked by qdexport itself.
+
+    Args:
+        progress_bars: Whether their progress bars stay (for downloads).
+    """
+    from diffusers.utils import logging as diffusers_logs
+    from transformers.utils import logging as transformers_logs
+
+    libraries = (diffusers_logs, transformers_logs)
+    levels = [library.get_verbosity() for library in libraries]
+    hidden = [] if progress_bars else [library for library in libraries if library.is_progress_bar_enabled()]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+        for library in hidden:
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+        for library in hidden:
+            library.enable_progress_bar()

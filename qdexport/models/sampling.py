@@ -1,0 +1,355 @@
+"""Runs a model's own diffusers pipeline: images, the denoiser's inputs at every step, timesteps, prompts.
+
+The noise of image i comes from `seed + i` alone, so images do not depend on the batch size (up to the
+rounding of batched kernels). Another denoiser (fake-quantized, ONNX Runtime, an engine) can stand in for
+the pipeline's own; it needs the same call signature only. A pipeline is not thread-safe: one sampling at a
+time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qdexport.errors import ModelError
+from qdexport.models import shapes
+from qdexport.models.denoiser_io import named_inputs
+from qdexport.models.loaded import LoadedModel, SamplingDefaults
+
+__all__ = [
+    "DenoiserCall",
+    "NamedDenoiser",
+    "OnCall",
+    "OnProgress",
+    "SampleRequest",
+    "SamplingDefaults",
+    "call_count",
+    "prompts_for",
+    "record_calls",
+    "sample",
+    "schedule",
+]
+
+OnCall = Callable[[int, int, dict[str, Tensor]], None]
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """What to sample.
+
+    Attributes:
+        prompts: One per image; of an unconditional model only their number counts.
+        seed: The noise of image i comes from `seed + i`.
+        steps: Sampler steps; None for the model's usual number.
+        guidance_scale: Classifier-free guidance; None for the model's usual scale.
+        batch_size: Images sampled at once.
+        height: Latent rows; None for the model's own.
+        width: Latent columns; None for the model's own.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 16
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompts", tuple(self.prompts))
+        if not self.prompts or self.batch_size < 1:
+            raise ModelError("nothing to sample: give one prompt at least, and a batch_size from 1 up")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoiserCall:
+    """One call of the denoiser.
+
+    Attributes:
+        step: 0 for the first (noisiest) timestep of a run; calls at the same timestep have the same step.
+        timestep: The scheduler's timestep.
+        inputs: Named as those of the exported network.
+        batch: Which pipeline run the call belongs to.
+    """
+
+    step: int
+    timestep: int
+    inputs: dict[str, Tensor]
+    batch: int
+
+
+class NamedDenoiser(nn.Module):
+    """Gives a function of named inputs (an ONNX session, an engine) the call signature of a diffusers UNet.
+
+    Args:
+        function: Takes the named inputs of the exported network, returns the prediction.
+        like: The UNet whose signature and config it takes over.
+    """
+
+    def __init__(self, function: Callable[[dict[str, Tensor]], Tensor], like: nn.Module) -> None:
+        super().__init__()
+        self._function = function
+        self._like = (like,)  # in a tuple, so that its weights are not listed as this module's
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The prediction, as the tuple or the output object that the caller asks for."""
+        prediction = self._function(named_inputs(self._like[0], args, kwargs))
+        if kwargs.get("return_dict", True):
+            from diffusers.models.unets.unet_2d import UNet2DOutput
+
+            return UNet2DOutput(sample=prediction)
+        return (prediction,)
+
+
+def schedule(loaded: LoadedModel, steps: int | None = None) -> list[int | float]:
+    """The timesteps at which the denoiser is called, from the noisiest on, each named once.
+
+    Args:
+        loaded: A model with a scheduler.
+        steps: Sampler steps; None for the model's usual number.
+
+    Raises:
+        ModelError: The model has no scheduler, or the scheduler refuses the number of steps.
+    """
+    timesteps = _timesteps(loaded, steps)
+    return [step for number, step in enumerate(timesteps) if number == 0 or step != timesteps[number - 1]]
+
+
+def call_count(loaded: LoadedModel, request: SampleRequest) -> int:
+    """How many denoiser calls a request takes, batches and second calls of higher-order samplers included."""
+    batches = -(-len(request.prompts) // request.batch_size)
+    return batches * len(_timesteps(loaded, request.steps))
+
+
+def sample(
+    loaded: LoadedModel,
+    request: SampleRequest,
+    *,
+    denoiser: Any | None = None,
+    on_call: OnCall | None = None,
+    on_progress: OnProgress | None = None,
+) -> NDArray[np.float32]:
+    """Samples images through the model's own pipeline.
+
+    Args:
+        loaded: A whole pipeline.
+        request: Prompts, seed and sampler settings.
+        denoiser: Stands in for the pipeline's denoiser during this call; any module or callable object with
+            the call signature of a diffusers UNet (`NamedDenoiser` makes one).
+        on_call: Called before each denoiser call with the step (0 is the noisiest; counted by changes of
+            the timestep in each pipeline run), the timestep and the named inputs.
+        on_progress: Called after each denoiser call with the calls done and their total.
+
+    Returns:
+        Images in the order of the prompts, [N, C, H, W], in [-1, 1].
+
+    Raises:
+        ModelError: There is no pipeline, or it makes something else than images from prompts or noise.
+    """
+
+    def without_batch(batch: int, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+        if on_call is not None:
+            on_call(step, timestep, inputs)
+
+    before = None if on_call is None else without_batch
+    return np.concatenate(list(_batches(loaded, request, denoiser, before, on_progress)))
+
+
+def record_calls(
+    loaded: LoadedModel,
+    request: SampleRequest,
+    *,
+    denoiser: Any | None = None,
+    on_progress: OnProgress | None = None,
+) -> list[DenoiserCall]:
+    """Samples and keeps the inputs of every denoiser call; the images are dropped.
+
+    The latents are copied; what a run passes unchanged to every call (the text) is kept once per batch.
+    """
+    calls: list[DenoiserCall] = []
+
+    def keep(batch: int, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+        inputs = {**inputs, "sample": inputs["sample"].clone()}
+        calls.append(DenoiserCall(step=step, timestep=timestep, inputs=inputs, batch=batch))
+
+    for _ in _batches(loaded, request, denoiser, keep, on_progress):
+        pass
+    return calls
+
+
+def prompts_for(loaded: LoadedModel, count: int, seed: int) -> list[str]:
+    """Prompts that suit a model: captions of the shapes grammar, everyday sentences, or empty strings.
+
+    Args:
+        loaded: The model.
+        count: How many.
+        seed: Equal seeds give equal prompts. Everyday sentences repeat only after all have been drawn.
+    """
+    if not _takes_prompts(loaded):
+        return [""] * count
+    if loaded.evaluator is not None:
+        return shapes.captions(count, seed)
+    text = (resources.files("qdexport.models") / "prompts.txt").read_text(encoding="utf-8")
+    known = [line for line in text.splitlines() if line.strip()]
+    source, prompts = random.Random(seed), list[str]()
+    while len(prompts) < count:
+        prompts += source.sample(known, len(known))
+    return prompts[:count]
+
+
+_OnBatchCall = Callable[[int, int, int, dict[str, Tensor]], None]
+
+
+class _Tap(nn.Module):
+    """Sits where the pipeline has its denoiser: counts steps, reports calls, passes them on.
+
+    Whatever else a pipeline asks of its denoiser (config, dtype, widths) comes from the denoiser it had.
+    """
+
+    def __init__(self, own: nn.Module, target: Any, before: OnCall | None, after: Callable[[], None]) -> None:
+        super().__init__()
+        # not as submodules: to() or save_pretrained() must not reach them through the tap
+        self.__dict__.update(_own=own, _target=target, _before=before, _after=after)
+        self._step, self._timestep = -1, -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_own"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._before is not None:
+            inputs = named_inputs(self._own, args, kwargs)
+            timestep = int(inputs["timestep"])
+            if self._step < 0 or timestep != self._timestep:
+                self._step, self._timestep = self._step + 1, timestep
+            self._before(self._step, timestep, inputs)
+        output = self._target(*args, **kwargs)
+        self._after()
+        return output
+
+
+def _batches(
+    loaded: LoadedModel,
+    request: SampleRequest,
+    denoiser: Any | None,
+    before: _OnBatchCall | None,
+    on_progress: OnProgress | None,
+) -> Iterator[NDArray[np.float32]]:
+    pipeline, done, total = _pipeline(loaded), 0, call_count(loaded, request)
+
+    def after() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    own = getattr(pipeline, loaded.component)
+    target = loaded.denoiser if denoiser is None else denoiser
+    for batch, start in enumerate(range(0, len(request.prompts), request.batch_size)):
+        tap = _Tap(own, target, None if before is None else partial(before, batch), after)
+        with _in_place_of(pipeline, loaded.component, tap):
+            images = pipeline(**_arguments(loaded, request, start)).images
+        yield _to_array(images)
+
+
+@contextlib.contextmanager
+def _in_place_of(pipeline: Any, component: str, stand_in: nn.Module) -> Iterator[None]:
+    own = getattr(pipeline, component)
+    setattr(pipeline, component, stand_in)
+    try:
+        yield
+    finally:
+        setattr(pipeline, component, own)
+
+
+def _arguments(loaded: LoadedModel, request: SampleRequest, start: int) -> dict[str, Any]:
+    """The pipeline's keyword arguments for the images from `start` on, as far as its signature has them."""
+    prompts = list(request.prompts[start : start + request.batch_size])
+    known = _parameters(loaded)
+    first = request.seed + start
+    seeds = range(first, first + len(prompts))
+    arguments: dict[str, Any] = {
+        "num_inference_steps": request.steps or loaded.defaults.steps,
+        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "output_type": "pt",
+    }
+    if "prompt" not in known:
+        return {**arguments, "batch_size": len(prompts)}
+    scale = loaded.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    height, width = _pixel_size(loaded, request)
+    return {**arguments, "prompt": prompts, "guidance_scale": scale, "height": height, "width": width}
+
+
+def _pixel_size(loaded: LoadedModel, request: SampleRequest) -> tuple[int, int]:
+    height, width = request.height or loaded.defaults.height, request.width or loaded.defaults.width
+    if height is None or width is None:
+        raise ModelError(
+            f"the config of {loaded.name} has no sample_size; give height and width of the latent"
+        )
+    scale = int(getattr(loaded.pipeline, "vae_scale_factor", 1))
+    if height * scale % 8 or width * scale % 8:
+        raise ModelError(
+            f"a latent of {height} x {width} makes images of {height * scale} x {width * scale} pixels; "
+            "diffusers' pipelines need multiples of 8"
+        )
+    return height * scale, width * scale
+
+
+def _pipeline(loaded: LoadedModel) -> Any:
+    if loaded.pipeline is None:
+        raise ModelError(
+            f"{loaded.name} is a denoiser alone, and sampling needs its pipeline; give the folder with "
+            "model_index.json"
+        )
+    name, known = type(loaded.pipeline).__name__, _parameters(loaded)
+    images = [key for key in known if key in ("image", "mask_image", "control_image")]
+    if images:
+        raise ModelError(
+            f"{name} starts from a picture ({images[0]}); qdexport samples from prompts or noise only"
+        )
+    if "prompt" not in known and "batch_size" not in known:
+        raise ModelError(f"{name} takes neither prompts nor a batch_size; qdexport cannot sample it")
+    if getattr(loaded.denoiser, "class_embedding", None) is not None and "class_labels" not in known:
+        raise ModelError(f"the denoiser of {loaded.name} needs class labels, which {name} does not pass")
+    return loaded.pipeline
+
+
+def _parameters(loaded: LoadedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(loaded.pipeline).__call__).parameters
+
+
+def _takes_prompts(loaded: LoadedModel) -> bool:
+    return "encoder_hidden_states" in inspect.signature(type(loaded.denoiser).forward).parameters
+
+
+def _timesteps(loaded: LoadedModel, steps: int | None) -> list[int | float]:
+    if loaded.scheduler is None:
+        raise ModelError(f"{loaded.name} has no scheduler; give the whole pipeline's folder")
+    # a copy: set_timesteps changes the scheduler that a pipeline may be using
+    scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
+    count = steps or loaded.defaults.steps
+    try:
+        scheduler.set_timesteps(count)
+    except ValueError as error:
+        raise ModelError(f"{type(scheduler).__name__} cannot sample in {count} steps: {error}") from error
+    return [int(step) if float(step).is_integer() else float(step) for step in scheduler.timesteps.tolist()]
+
+
+def _to_array(images: Any) -> NDArray[np.float32]:
+    """Pictures in [0, 1], a tensor [N, C, H, W] or an array [N, H, W, C], as float32 in [-1, 1]."""
+    if isinstance(images, Tensor):
+        array = images.detach().cpu().float().numpy()
+    else:
+        array = np.moveaxis(np.asarray(images, dtype=np.float32), -1, 1)
+    return np.ascontiguousarray(array * 2 - 1, dtype=np.float32)
