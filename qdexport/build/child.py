@@ -77,6 +77,8 @@ def main(spec_path: str) -> None:
     The process exits with 0 whether or not the builder refused the graph (the result file says), with
     ``CANNOT_WRITE`` when a file could not be written, and with anything else when it crashed.
     """
+    # a crash of the builder is an expected outcome: no core file of its size
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _die_with_parent()
     spec: BuildSpec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     result: BuildResult = {

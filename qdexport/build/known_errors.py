@@ -99,8 +99,7 @@ KNOWN_ERRORS = (
     ),
     KnownError(
         pattern=r"Node input was not registered",
-        advice="a node reads a tensor that no earlier node makes: a node is missing, or they are not in "
-        "topological order",
+        advice="a node reads a tensor that nothing makes: the file is incomplete, export again",
     ),
     KnownError(
         pattern=r"was not supported by a dedicated kernel",

@@ -17,7 +17,7 @@ def runtime_scales(graph: onnx.GraphProto) -> list[str]:
     """Names of quantizer nodes whose scale depends on a network input."""
     constant = {tensor.name for tensor in graph.initializer} | {""}
     found = []
-    for node in graph.node:  # in topological order
+    for node in graph.node:  # in topological order, as our own files are
         if all(name in constant for name in node.input):
             constant.update(node.output)
         if node.op_type in _QUANTIZERS and node.input[1] not in constant:
