@@ -1,7 +1,7 @@
 """Affine quantization as pure functions of tensors: parameters from ranges, codes, and values from codes.
 
-All arithmetic is FP32 with round half to even, on every dtype of input, so that codes can be compared with ``==``
-across PyTorch, numpy and ONNX Runtime.
+All arithmetic is FP32 with round half to even, on every dtype of input, so that codes can be compared with
+``==`` across PyTorch, numpy and ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from qdexport.core.spec import QuantSpec
 
 __all__ = ["dequantize", "fake_quantize_reference", "parameters_from_range", "quantize_codes"]
 
-# A channel that is all zero has no range; any positive scale codes it exactly. One such channel must not touch others.
+# A channel that is all zero has no range; any positive scale codes it exactly.
+# One such channel must not touch the others.
 _UNIT_RANGE = 1.0
 
 
 def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover ``[low, high]`` (which is widened to hold 0, so that 0 is exact).
 
-    Symmetric, signed: ``scale = max(|low|, |high|) / qmax``, zero point 0. Symmetric, unsigned: ``scale = high / qmax``.
-    Asymmetric: ``scale = (high - low) / (qmax - qmin)``, ``zero_point = clip(rint(qmin - low / scale), qmin, qmax)``.
+    Symmetric, signed: ``scale = max(|low|, |high|) / qmax``, zero point 0. Symmetric, unsigned: ``scale =
+    high / qmax``.
+    Asymmetric: ``scale = (high - low) / (qmax - qmin)``, ``zero_point = clip(rint(qmin - low / scale), qmin,
+        qmax)``.
     Computed in float64 and rounded once to FP32.
 
     Args:
@@ -31,7 +34,12 @@ def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
 
     Returns:
         FP32 scale (positive) and FP32 integer-valued zero point, both of the shape of ``low``.
+
+    Raises:
+        ValueError: a bound is NaN or infinite; the caller knows the layer and says so to the user.
     """
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+        raise ValueError("a range with NaN or infinite bounds has no scale")
     low64, high64 = low.double().clamp(max=0), high.double().clamp(min=0)
     if spec.symmetric:
         reach = torch.maximum(-low64, high64) if spec.signed else high64
@@ -49,7 +57,9 @@ def _positive(scale: Tensor) -> Tensor:
 
 
 def quantize_codes(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """Integer codes as FP32 values: ``clip(rint(x / scale) + zero_point, qmin, qmax)``; scale broadcasts against ``x``."""
+    """Integer codes as FP32 values: ``clip(rint(x / scale) + zero_point, qmin, qmax)``; scale broadcasts
+    against ``x``.
+    """
     return (x.float() / scale).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
@@ -60,5 +70,6 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def fake_quantize_reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """Quantizes and dequantizes with broadcasting parameters; the result has the dtype of ``x``."""
+    # in place: a second buffer costs more than the two passes that bounds shifted by the zero point would spare
     codes = quantize_codes(x, scale, zero_point, qmin, qmax)
     return codes.sub_(zero_point).mul_(scale).to(x.dtype)

@@ -14,8 +14,15 @@ from qdexport.errors import ModelError
 from qdexport.quant.ops import NO_AXIS, fake_quantize
 
 __all__ = [
-    "ActivationQuantizer", "QuantConv2d", "QuantLinear", "QuantSplitConv2d", "StepContext", "StepRows",
-    "WeightQuantizer", "install_step_rows",
+    "ActivationQuantizer",
+    "QuantConv2d",
+    "QuantLinear",
+    "QuantSplitConv2d",
+    "StepContext",
+    "StepRows",
+    "WeightQuantizer",
+    "install_step_rows",
+    "quantizer_pairs",
 ]
 
 
@@ -66,7 +73,9 @@ class StepRows(nn.Module):
 
 
 def install_step_rows(denoiser: nn.Module, rows: StepRows) -> None:
-    """Registers the lookup so that every call of ``denoiser(sample, timestep, ...)`` selects its rows first."""
+    """Registers the lookup so that every call of ``denoiser(sample, timestep, ...)`` selects its rows
+    first.
+    """
     denoiser.step_rows = rows
     denoiser.register_forward_pre_hook(_select_row, with_kwargs=True)
 
@@ -84,35 +93,57 @@ class ActivationQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, spec: QuantSpec, scale: Tensor, zero_point: Tensor, context: StepContext | None = None) -> None:
+    def __init__(
+        self, spec: QuantSpec, scale: Tensor, zero_point: Tensor, context: StepContext | None = None
+    ) -> None:
         super().__init__()
         if scale.dim() != 1 or scale.shape != zero_point.shape:
-            raise ValueError(f"activation scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} must be [R]")
+            raise ValueError(
+                f"activation scale {tuple(scale.shape)} and zero point {tuple(zero_point.shape)} must be [R]"
+            )
+        if scale.shape[0] > 1 and context is None:
+            raise ValueError(f"a step table of {scale.shape[0]} rows needs the context that selects a row")
         self.spec = spec
         self.context = context
-        self.register_buffer("scale", scale.float())
-        self.register_buffer("zero_point", zero_point.float())
+        # not persistent: the state dict of a quantized denoiser is that of the original, so its folder is too
+        self.register_buffer("scale", scale.float(), persistent=False)
+        self.register_buffer("zero_point", zero_point.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        row = self.context.row if self.context is not None and self.scale.shape[0] > 1 else None
-        return fake_quantize(x, self.scale, self.zero_point, row, self.spec.qmin, self.spec.qmax, NO_AXIS)
+        row: Tensor | None = None
+        if self.context is not None and self.scale.shape[0] > 1:
+            row = self.context.row
+            if row is None:
+                raise ModelError(
+                    "no row of the step tables is selected: call the denoiser itself with its timestep, "
+                    "or set StepContext.row before calling a part of it"
+                )
+        qmin, qmax = self.spec.qmin, self.spec.qmax
+        y: Tensor = fake_quantize(x, self.scale, self.zero_point, row, qmin, qmax, NO_AXIS)
+        return y
 
 
 class WeightQuantizer(nn.Module):
-    """Fake quantization of a weight, one scale per output channel (axis 0) or per tensor."""
+    """Fake quantization of a weight: ``scale`` is ``[1, C]`` (per output channel, axis 0) or ``[1]``; zero
+    point 0.
+    """
 
     scale: Tensor
     zero_point: Tensor
 
     def __init__(self, spec: QuantSpec, scale: Tensor) -> None:
         super().__init__()
+        if scale.shape[0] != 1 or scale.dim() > 2:
+            raise ValueError(f"a weight scale must be [1] or [1, C], not {list(scale.shape)}")
         self.spec = spec
-        self.register_buffer("scale", scale.float())  # [1, C] or [1]
-        self.register_buffer("zero_point", torch.zeros_like(self.scale))
+        self.register_buffer("scale", scale.float(), persistent=False)
+        self.register_buffer("zero_point", torch.zeros_like(self.scale), persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         axis = 0 if self.scale.dim() == 2 else NO_AXIS
-        return fake_quantize(weight, self.scale, self.zero_point, None, self.spec.qmin, self.spec.qmax, axis)
+        qmin, qmax = self.spec.qmin, self.spec.qmax
+        y: Tensor = fake_quantize(weight, self.scale, self.zero_point, None, qmin, qmax, axis)
+        return y
 
 
 class QuantConv2d(nn.Conv2d):
@@ -131,7 +162,8 @@ class QuantConv2d(nn.Conv2d):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        y: Tensor = self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        return y
 
 
 class QuantSplitConv2d(nn.Conv2d):
@@ -146,9 +178,15 @@ class QuantSplitConv2d(nn.Conv2d):
 
     @classmethod
     def wrap(
-        cls, conv: nn.Conv2d, splits: tuple[int, ...], inputs: list[ActivationQuantizer], weights: list[WeightQuantizer]
+        cls,
+        conv: nn.Conv2d,
+        splits: tuple[int, ...],
+        inputs: list[ActivationQuantizer],
+        weights: list[WeightQuantizer],
     ) -> QuantSplitConv2d:
-        """Replaces ``conv``; nothing is copied. Raises ``ValueError`` when the splits do not cover the channels."""
+        """Replaces ``conv``; nothing is copied. Raises ``ValueError`` when the splits do not cover the
+        channels.
+        """
         if sum(splits) != conv.in_channels or conv.groups != 1:
             raise ValueError(f"splits {splits} do not cover {conv.in_channels} input channels in one group")
         layer = cls.__new__(cls)
@@ -159,8 +197,8 @@ class QuantSplitConv2d(nn.Conv2d):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.split(self.splits, dim=1)
-        kernels = self.weight.split(self.splits, dim=1)
+        parts = torch.split_with_sizes(x, self.splits, dim=1)
+        kernels = torch.split_with_sizes(self.weight, self.splits, dim=1)
         total: Tensor | None = None
         for part, kernel, inputs, weights in zip(
             parts, kernels, self.input_quantizers, self.weight_quantizers, strict=True
@@ -189,3 +227,19 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+def quantizer_pairs(layer: nn.Module) -> list[tuple[ActivationQuantizer, WeightQuantizer]]:
+    """Input and weight quantizer of a quantized layer, one pair per part.
+
+    Raises:
+        TypeError: the layer is not quantized.
+    """
+    if isinstance(layer, QuantConv2d | QuantLinear):
+        return [(layer.input_quantizer, layer.weight_quantizer)]
+    if isinstance(layer, QuantSplitConv2d):
+        pairs = zip(layer.input_quantizers, layer.weight_quantizers, strict=True)
+        return [
+            (a, w) for a, w in pairs if isinstance(a, ActivationQuantizer) and isinstance(w, WeightQuantizer)
+        ]
+    raise TypeError(f"{type(layer).__name__} is not quantized")

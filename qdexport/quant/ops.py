@@ -1,4 +1,4 @@
-"""The custom operator ``qdexport::fake_quantize``: one node that carries a quantizer through ``torch.export``."""
+"""The operator ``qdexport::fake_quantize``: one node that carries a quantizer through ``torch.export``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ NO_AXIS = -1  # the quantizer has one scale per tensor
 
 
 @torch.library.custom_op("qdexport::fake_quantize", mutates_args=())
-def fake_quantize(
+def fake_quantize(  # noqa: PLR0913  an operator has no dataclass
     x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, qmin: int, qmax: int, axis: int
 ) -> Tensor:
     """Quantizes and dequantizes: ``y = (clip(rint(x / s) + z, qmin, qmax) - z) * s`` in FP32, half to even.
 
     Args:
         x: any floating dtype and shape; samples along dimension 0 when ``row`` has more than one entry.
-        scale: FP32, positive, ``[R]`` (one scale per tensor) or ``[R, C]`` (C channels along ``axis``); R table rows.
+        scale: FP32, positive, ``[R]`` (one scale per tensor) or ``[R, C]`` (C channels along ``axis``); R
+            table rows.
         zero_point: FP32, integer valued, same shape as ``scale``.
         row: INT64 ``[1]`` or ``[N]`` (one row per sample); None when R is 1.
         qmin: smallest code.
@@ -30,20 +31,22 @@ def fake_quantize(
         axis: channel axis of ``x``, or ``NO_AXIS``.
 
     Returns:
-        A tensor like ``x``. The gradients are straight-through for ``x`` and those of LSQ+ for scale and zero point
-        (EfficientDM's reference; Esser et al. 2020, Bhalgat et al. 2020), without LSQ's gradient scale.
+        A tensor like ``x``. The gradients are straight-through for ``x`` and those of LSQ+ for scale and zero
+        point (EfficientDM's reference; Esser et al. 2020, Bhalgat et al. 2020), without LSQ's gradient scale.
     """
     return fake_quantize_reference(x, *_broadcast(x, scale, zero_point, row, axis), qmin, qmax)
 
 
 @fake_quantize.register_fake
-def _(
+def _(  # noqa: PLR0913  as above
     x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, qmin: int, qmax: int, axis: int
 ) -> Tensor:
     return torch.empty_like(x)
 
 
-def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
+def _broadcast(
+    x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int
+) -> tuple[Tensor, Tensor]:
     """Parameters of the selected rows, in a shape that broadcasts against ``x``."""
     if row is None:
         scale, zero_point = scale[:1], zero_point[:1]

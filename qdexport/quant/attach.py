@@ -1,0 +1,328 @@
+"""Puts quantizers into a denoiser: the layers that a plan names become their quantized twins."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qdexport.core.recipe import Recipe
+from qdexport.core.spec import Granularity, LayerPlan, QuantSpec
+from qdexport.errors import ModelError
+from qdexport.models.loaded import LoadedModel
+from qdexport.quant.affine import parameters_from_range
+from qdexport.quant.modules import (
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantLinear,
+    QuantSplitConv2d,
+    StepContext,
+    StepRows,
+    WeightQuantizer,
+    install_step_rows,
+    quantizer_pairs,
+)
+from qdexport.quant.plan import activation_keys
+from qdexport.quant.ranges import ActivationRanges
+from qdexport.quant.search import weight_range
+
+__all__ = [
+    "BODY_DTYPES",
+    "Body",
+    "QuantParameters",
+    "QuantizedModel",
+    "attach",
+    "install",
+    "parameters_of",
+    "quantize_model",
+    "scales_by_layer",
+    "shared_copy",
+    "training_steps_of",
+    "weight_scale",
+]
+
+logger = logging.getLogger(__name__)
+
+Body = Literal["fp32", "fp16"]
+BODY_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_PLAIN_FORWARDS = (nn.Conv2d.forward, nn.Linear.forward)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantParameters:
+    """All numbers of the quantizers of a model.
+
+    Attributes:
+        weight_scales: FP32 ``[1, C]`` or ``[1]``, by part (a layer's name, or ``name#0``, ``name#1`` when
+            split).
+        scales: FP32 activation scales ``[R]`` by activation key.
+        zero_points: FP32, integer valued, ``[R]`` by activation key.
+        timesteps: the calibrated timesteps in sampling order; row i of a table belongs to the i-th.
+    """
+
+    weight_scales: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    zero_points: Mapping[str, Tensor]
+    timesteps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedModel:
+    """A fake-quant denoiser beside the floating-point model that it was made from.
+
+    Attributes:
+        loaded: the floating-point model, unchanged.
+        denoiser: the fake-quant denoiser; it shares the weights of ``loaded.denoiser`` where the types agree.
+        plans: the decision for every layer.
+        recipe: what was asked for.
+        body: floating-point type of ``denoiser``.
+        timesteps: the calibrated timesteps; the rows of the step tables, if there are any.
+        context: selects the rows of the step tables.
+    """
+
+    loaded: LoadedModel
+    denoiser: nn.Module
+    plans: tuple[LayerPlan, ...]
+    recipe: Recipe
+    body: Body
+    timesteps: tuple[int, ...]
+    context: StepContext
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest step table; 1 when all ranges are static."""
+        quantizers = (module for module in self.denoiser.modules() if isinstance(module, ActivationQuantizer))
+        return max((module.scale.shape[0] for module in quantizers), default=1)
+
+
+def quantize_model(
+    loaded: LoadedModel, plans: Sequence[LayerPlan], recipe: Recipe, ranges: ActivationRanges
+) -> QuantizedModel:
+    """Makes the fake-quant model; ``loaded`` stays as it is.
+
+    Args:
+        loaded: the floating-point model.
+        plans: what is quantized how.
+        recipe: asks for the body's type.
+        ranges: of every quantized layer's input.
+
+    Raises:
+        ModelError: a range is missing, or a weight does not fit the body's type.
+    """
+    body = _body_of(loaded, recipe)
+    denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == body else BODY_DTYPES[body])
+    context = attach(denoiser, plans, ranges, training_steps_of(loaded))
+    return QuantizedModel(
+        loaded=loaded,
+        denoiser=denoiser,
+        plans=tuple(plans),
+        recipe=recipe,
+        body=body,
+        timesteps=ranges.timesteps,
+        context=context,
+    )
+
+
+def attach(
+    denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: ActivationRanges, training_steps: int
+) -> StepContext:
+    """Quantizes the planned layers of ``denoiser`` in place, with parameters from ranges.
+
+    Args:
+        denoiser: weights in the body's type; temporaries are of one layer at a time.
+        plans: what is quantized how.
+        ranges: of every quantized layer's input.
+        training_steps: number of training timesteps of the scheduler.
+
+    Returns:
+        The context that selects rows, for those who call parts of the denoiser.
+
+    Raises:
+        ModelError: a range is missing, a weight is not finite, or a layer cannot be replaced.
+    """
+    return install(denoiser, plans, parameters_of(denoiser, plans, ranges), training_steps)
+
+
+def parameters_of(
+    denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: ActivationRanges
+) -> QuantParameters:
+    """Scales and zero points of all planned layers.
+
+    A step table whose rows are all equal (a text input, for instance) shrinks to one static row.
+
+    Raises:
+        ModelError: a range is missing or unusable, or a weight is not finite.
+    """
+    ranges.check(plans)
+    weight_scales: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    zero_points: dict[str, Tensor] = {}
+    for plan in plans:
+        if plan.weight is None or plan.activation is None or not plan.quantized:
+            continue
+        weight = _layer(denoiser, plan).weight
+        kernels = torch.split_with_sizes(weight, plan.splits, dim=1) if plan.splits else (weight,)
+        for part, kernel in zip(plan.parts, kernels, strict=True):
+            weight_scales[part] = _weight_scale(part, kernel, plan.weight)
+        for key in activation_keys(plan):
+            scale, zero_point = parameters_from_range(ranges.low[key], ranges.high[key], plan.activation)
+            if bool((scale == scale[0]).all()) and bool((zero_point == zero_point[0]).all()):
+                scale, zero_point = scale[:1], zero_point[:1]
+            scales[key], zero_points[key] = scale, zero_point
+    return QuantParameters(
+        weight_scales=weight_scales, scales=scales, zero_points=zero_points, timesteps=ranges.timesteps
+    )
+
+
+def weight_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """The FP32 scale of a weight: ``[1, C]`` per output channel, or ``[1]``; zero points are 0.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity, or the observer is none for weights.
+    """
+    scale, _ = parameters_from_range(*weight_range(weight, spec), spec)
+    return scale[None] if spec.granularity is Granularity.PER_CHANNEL else scale
+
+
+def install(
+    denoiser: nn.Module, plans: Sequence[LayerPlan], parameters: QuantParameters, training_steps: int
+) -> StepContext:
+    """Replaces the planned layers in place by quantized ones with the given parameters.
+
+    Layers of one activation group share one quantizer object. Arguments and result as :func:`attach`.
+
+    Raises:
+        ModelError: a layer's class has a forward of its own, which a replacement would lose.
+    """
+    context = StepContext()
+    quantizers: dict[str, ActivationQuantizer] = {}
+    for plan in plans:
+        if plan.weight is None or plan.activation is None or not plan.quantized:
+            continue
+        layer = _layer(denoiser, plan)
+        inputs = []
+        for key in activation_keys(plan):
+            if key not in quantizers:
+                quantizer = ActivationQuantizer(
+                    plan.activation, parameters.scales[key], parameters.zero_points[key], context
+                )
+                quantizers[key] = quantizer.to(layer.weight.device)
+            inputs.append(quantizers[key])
+        weights = [
+            WeightQuantizer(plan.weight, parameters.weight_scales[part]).to(layer.weight.device)
+            for part in plan.parts
+        ]
+        _replace(denoiser, plan.name, _wrapped(layer, plan, inputs, weights))
+    if any(quantizer.scale.shape[0] > 1 for quantizer in quantizers.values()):
+        rows = StepRows(list(parameters.timesteps), training_steps, context)
+        install_step_rows(denoiser, rows.to(next(denoiser.parameters()).device))
+    return context
+
+
+def scales_by_layer(model: QuantizedModel) -> dict[str, list[float]]:
+    """Activation scales of every quantized layer or part of a split layer, one number per row."""
+    scales: dict[str, list[float]] = {}
+    for plan in model.plans:
+        if plan.quantized:
+            pairs = quantizer_pairs(model.denoiser.get_submodule(plan.name))
+            scales |= {
+                part: inputs.scale.tolist() for part, (inputs, _) in zip(plan.parts, pairs, strict=True)
+            }
+    return scales
+
+
+def shared_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of the module tree over the same parameters and buffers: layers can be replaced without touching
+    the original.
+
+    Args:
+        module: any module.
+        dtype: floating-point parameters and buffers are copied to this type instead of shared.
+
+    Raises:
+        ModelError: a finite weight becomes infinite in ``dtype``.
+    """
+    memo: dict[int, Any] = {}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
+        memo[id(tensor)] = tensor if dtype is None else _converted(name, tensor, dtype)
+    return copy.deepcopy(module, memo)
+
+
+def training_steps_of(loaded: LoadedModel) -> int:
+    """Number of training timesteps of the model's scheduler; 1000 for a denoiser without one."""
+    return int(loaded.scheduler.config.num_train_timesteps) if loaded.scheduler is not None else 1000
+
+
+def _body_of(loaded: LoadedModel, recipe: Recipe) -> Body:
+    if recipe.body != "auto":
+        return recipe.body
+    return "fp32" if loaded.weights_dtype == "fp32" else "fp16"
+
+
+def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    converted = tensor.detach().to(dtype)
+    lost = torch.isfinite(tensor) & ~torch.isfinite(converted)
+    if bool(lost.any()):
+        value = float(tensor.detach()[lost].abs().max())
+        raise ModelError(
+            f"{name} holds {value:g}, beyond the largest {str(dtype).removeprefix('torch.')} number "
+            f"{torch.finfo(dtype).max:g}; set `body: fp32` in the recipe"
+        )
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(converted, requires_grad=tensor.requires_grad)
+    return converted
+
+
+def _weight_scale(part: str, weight: Tensor, spec: QuantSpec) -> Tensor:
+    try:
+        return weight_scale(weight, spec)
+    except ValueError as error:
+        raise ModelError(f"the weight of {part} cannot be quantized: {error}") from error
+
+
+def _layer(denoiser: nn.Module, plan: LayerPlan) -> nn.Conv2d | nn.Linear:
+    try:
+        layer = denoiser.get_submodule(plan.name)
+    except AttributeError as error:
+        raise ModelError(f"the denoiser has no layer {plan.name}; the plan is of another model") from error
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        raise ModelError(
+            f"layer {plan.name} is a {type(layer).__name__}, not a Conv2d or Linear; plan it again"
+        )
+    if isinstance(layer, QuantConv2d | QuantLinear | QuantSplitConv2d):
+        raise ModelError(f"layer {plan.name} is quantized already; load the floating-point model")
+    if type(layer).forward not in _PLAIN_FORWARDS:
+        raise ModelError(
+            f"layer {plan.name} is a {type(layer).__name__} with a forward of its own, which quantizing "
+            "would replace; leave it in floating point by a rule without quantizers"
+        )
+    return layer
+
+
+def _wrapped(
+    layer: nn.Conv2d | nn.Linear,
+    plan: LayerPlan,
+    inputs: list[ActivationQuantizer],
+    weights: list[WeightQuantizer],
+) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        if plan.splits:
+            raise ModelError(f"layer {plan.name} is a Linear; only a convolution can be split")
+        return QuantLinear.wrap(layer, inputs[0], weights[0])
+    if plan.splits:
+        return QuantSplitConv2d.wrap(layer, plan.splits, inputs, weights)
+    return QuantConv2d.wrap(layer, inputs[0], weights[0])
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    owner = root.get_submodule(parent) if parent else root
+    setattr(owner, attribute, layer)

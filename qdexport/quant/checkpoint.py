@@ -1,0 +1,295 @@
+"""Quantized checkpoints: a diffusers folder, ``quantization.safetensors`` and the resolved ``recipe.yaml``
+beside it.
+
+``quantization.safetensors`` holds, for every part of a quantized layer (its module path, or ``path#0``,
+``path#1``):
+
+- ``<part>.weight_codes``: integer codes, packed by :mod:`qdexport.quant.packing`;
+- ``<part>.weight_scale``: FP32 ``[1, C]`` per output channel, or ``[1]``; zero points of weights are 0;
+- ``<part>.input_scale``, ``<part>.input_zero_point``: FP32 ``[R]``, row i for the i-th of the file's
+  timesteps.
+
+Its metadata entry ``qdexport.quantization`` is JSON: version, body, timesteps, the plan of every layer, and
+where the floating-point weights are. Codes are stored for other tools and to prove, at loading, that the
+weights are the right ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qdexport import __version__
+from qdexport.core.files import atomic_dir
+from qdexport.core.recipe import load_recipe
+from qdexport.core.spec import LayerPlan
+from qdexport.errors import ModelError, OutputError
+from qdexport.models.load import load_model
+from qdexport.models.loaded import LoadedModel, SamplingDefaults
+from qdexport.quant.attach import (
+    BODY_DTYPES,
+    Body,
+    QuantizedModel,
+    QuantParameters,
+    install,
+    shared_copy,
+    training_steps_of,
+)
+from qdexport.quant.modules import quantizer_pairs
+from qdexport.quant.packing import pack_codes, unpack_codes, weight_codes
+from qdexport.quant.plan import activation_keys
+
+__all__ = ["QUANTIZATION_FILE", "RECIPE_FILE", "load_quantized", "save_quantized"]
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATION_FILE = "quantization.safetensors"
+RECIPE_FILE = "recipe.yaml"
+_METADATA_KEY = "qdexport.quantization"
+_VERSION = 1
+
+
+class _Facts(BaseModel):
+    """The metadata of a quantization file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int
+    tool_version: str
+    model: str
+    component: str
+    body: Body
+    timesteps: tuple[int, ...]
+    weights_in: str | None  # folder of the floating-point weights; None: the checkpoint's own
+    defaults: SamplingDefaults
+    plans: tuple[LayerPlan, ...]
+
+
+def save_quantized(model: QuantizedModel, folder: Path, *, with_weights: bool = True) -> None:
+    """Writes a quantized checkpoint, whole or not at all.
+
+    Args:
+        model: the fake-quant model.
+        folder: an earlier checkpoint there is replaced.
+        with_weights: False leaves the floating-point weights where they are and stores only the reference to
+            them, for models of several gigabytes.
+
+    Raises:
+        OutputError: the folder cannot be written, or holds something else.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
+        raise OutputError(f"{folder} is not empty and no quantized checkpoint; choose another folder")
+    with atomic_dir(folder) as partial:
+        if with_weights:
+            _save_weights(model, partial)
+        save_file(
+            _stored_tensors(model),
+            partial / QUANTIZATION_FILE,
+            metadata={_METADATA_KEY: _facts(model, with_weights)},
+        )
+        (partial / RECIPE_FILE).write_text(model.recipe.to_yaml(), encoding="utf-8")
+
+
+def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> QuantizedModel:
+    """Reads a quantized checkpoint; the model computes what the saved one computed, bit for bit.
+
+    Args:
+        folder: of :func:`save_quantized`.
+        loaded: the floating-point model, for a checkpoint without weights whose model has moved or was made
+            in memory.
+
+    Raises:
+        ModelError: the folder is no quantized checkpoint, is damaged, or its weights do not have the stored
+            codes.
+    """
+    path = folder / QUANTIZATION_FILE
+    facts = _read_facts(path)
+    recipe_path = folder / RECIPE_FILE
+    if not recipe_path.is_file():
+        raise ModelError(f"{recipe_path} is missing; save the checkpoint again")
+    recipe = load_recipe(str(recipe_path))
+    loaded = loaded or _load_floating_point(folder, facts)
+    denoiser = shared_copy(
+        loaded.denoiser, None if loaded.weights_dtype == facts.body else BODY_DTYPES[facts.body]
+    )
+    context = install(denoiser, facts.plans, _read_parameters(path, facts), training_steps_of(loaded))
+    _verify_codes(path, denoiser, facts.plans)
+    return QuantizedModel(
+        loaded=loaded,
+        denoiser=denoiser,
+        plans=facts.plans,
+        recipe=recipe,
+        body=facts.body,
+        timesteps=facts.timesteps,
+        context=context,
+    )
+
+
+def _save_weights(model: QuantizedModel, folder: Path) -> None:
+    """The pipeline with the denoiser's weights in the body's type, in diffusers' own layout."""
+    loaded = model.loaded
+    if loaded.pipeline is None:
+        denoiser: Any = model.denoiser
+        denoiser.save_pretrained(folder)
+        return
+    pipeline = copy.copy(loaded.pipeline)  # registering on the copy leaves the caller's pipeline alone
+    pipeline.register_modules(**{loaded.component: model.denoiser})
+    pipeline.save_pretrained(folder)
+    if loaded.evaluator is not None:
+        (folder / "evaluator").mkdir(exist_ok=True)
+        shutil.copyfile(loaded.evaluator, folder / "evaluator" / loaded.evaluator.name)
+
+
+def _facts(model: QuantizedModel, with_weights: bool) -> str:
+    source = model.loaded.folder
+    return _Facts(
+        version=_VERSION,
+        tool_version=__version__,
+        model=model.loaded.name,
+        component=model.loaded.component,
+        body=model.body,
+        timesteps=model.timesteps,
+        weights_in=None if with_weights else str(source.resolve()) if source is not None else "",
+        defaults=model.loaded.defaults,
+        plans=model.plans,
+    ).model_dump_json()
+
+
+def _stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for plan in model.plans:
+        if plan.weight is None or not plan.quantized:
+            continue
+        layer = model.denoiser.get_submodule(plan.name)
+        parts = zip(plan.parts, weight_codes(layer), quantizer_pairs(layer), strict=True)
+        for part, codes, (inputs, weights) in parts:
+            tensors[f"{part}.weight_codes"] = torch.from_numpy(
+                np.ascontiguousarray(pack_codes(codes, plan.weight))
+            )
+            tensors[f"{part}.weight_scale"] = weights.scale.cpu()
+            # layers that share a quantizer each name its numbers, and safetensors refuses shared memory
+            tensors[f"{part}.input_scale"] = inputs.scale.cpu().clone()
+            tensors[f"{part}.input_zero_point"] = inputs.zero_point.cpu().clone()
+    return tensors
+
+
+def _read_facts(path: Path) -> _Facts:
+    if not path.is_file():
+        raise ModelError(
+            f"{path.parent} is no quantized checkpoint: {path.name} is missing; quantize the model first"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is damaged ({error}); quantize the model again") from error
+    if text is None:
+        raise ModelError(f"{path} was not written by qdexport (no {_METADATA_KEY!r} in its metadata)")
+    version = json.loads(text).get("version")
+    if version != _VERSION:
+        raise ModelError(
+            f"{path} has format {version}, this qdexport reads {_VERSION}; quantize the model again"
+        )
+    try:
+        return _Facts.model_validate_json(text)
+    except ValidationError as error:
+        raise ModelError(
+            f"{path} has wrong metadata: {error.errors()[0]['msg']}; quantize the model again"
+        ) from error
+
+
+def _load_floating_point(folder: Path, facts: _Facts) -> LoadedModel:
+    if facts.weights_in == "":
+        raise ModelError(
+            f"{folder} has no weights of its own, and {facts.model} was made in memory; "
+            "give the model to load_quantized"
+        )
+    if facts.weights_in is None:
+        loaded = load_model(folder, torch_dtype=BODY_DTYPES[facts.body])
+    elif Path(facts.weights_in).is_dir():
+        loaded = load_model(Path(facts.weights_in))
+    else:
+        raise ModelError(
+            f"{folder} refers to the weights in {facts.weights_in}, which is gone; restore it, or load the "
+            "model from where it is now and give it to load_quantized"
+        )
+    return replace(loaded, name=facts.model, defaults=facts.defaults)
+
+
+def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
+    weight_scales: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    zero_points: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        for plan in facts.plans:
+            for part, key in zip(plan.parts, activation_keys(plan), strict=False):
+                weight_scales[part] = _scale(file, path, f"{part}.weight_scale")
+                scale, zero_point = (
+                    _scale(file, path, f"{part}.input_scale"),
+                    _tensor(file, path, f"{part}.input_zero_point"),
+                )
+                if key in scales and not (
+                    torch.equal(scales[key], scale) and torch.equal(zero_points[key], zero_point)
+                ):
+                    raise ModelError(
+                        f"{path}: {part} and another layer read {key!r} but have different input scales"
+                    )
+                if scale.shape != zero_point.shape or scale.shape not in ((1,), (len(facts.timesteps),)):
+                    raise ModelError(
+                        f"{path}: {part}.input_scale has {list(scale.shape)} rows for "
+                        f"{len(facts.timesteps)} steps"
+                    )
+                scales[key], zero_points[key] = scale, zero_point
+    return QuantParameters(
+        weight_scales=weight_scales, scales=scales, zero_points=zero_points, timesteps=facts.timesteps
+    )
+
+
+def _scale(file: Any, path: Path, name: str) -> Tensor:
+    scale = _tensor(file, path, name)
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise ModelError(f"{path}: {name} holds a scale that is not a positive number")
+    return scale
+
+
+def _tensor(file: Any, path: Path, name: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(name)
+    except SafetensorError as error:
+        raise ModelError(f"{path} has no tensor {name}; quantize the model again") from error
+    return tensor
+
+
+def _verify_codes(path: Path, denoiser: nn.Module, plans: Sequence[LayerPlan]) -> None:
+    """Compares the stored codes with those of the loaded weights, one layer in memory at a time."""
+    with safe_open(path, framework="pt") as file:
+        for plan in plans:
+            if plan.weight is None or not plan.quantized:
+                continue
+            for part, codes in zip(plan.parts, weight_codes(denoiser.get_submodule(plan.name)), strict=True):
+                packed = _tensor(file, path, f"{part}.weight_codes").numpy()
+                try:
+                    stored = unpack_codes(packed, plan.weight, codes.shape)
+                except ValueError as error:
+                    raise ModelError(
+                        f"{path}: {part}.weight_codes does not fit its layer: {error}"
+                    ) from error
+                different = int(np.count_nonzero(stored != codes))
+                if different:
+                    raise ModelError(
+                        f"layer {part}: {different} of {codes.size} weight codes in {path} are not those of "
+                        "the loaded weights; the weights were changed after quantizing, quantize them again"
+                    )

@@ -1,0 +1,240 @@
+"""Streaming observers: the range of an activation, per tensor and per row of a step table.
+
+An observer's state does not depend on the width, sign or symmetry of the quantizer; those come in only when a
+range is asked for. State is a flat dictionary of tensors, so that an interrupted calibration goes on where it
+was saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qdexport.core.spec import ObserverSpec, QuantSpec
+from qdexport.quant.search import activation_range_of_least_error
+
+__all__ = ["NonFiniteError", "RangeObserver", "make_observer"]
+
+
+class NonFiniteError(ValueError):
+    """An observed tensor holds NaN or infinity."""
+
+
+class RangeObserver(ABC):
+    """Watches one tensor over a calibration run.
+
+    Args:
+        rows: rows of the step table; 1 is a static range.
+
+    Attributes:
+        low: the smallest value seen, float64 ``[rows]``; infinity where nothing was seen.
+        high: the largest value seen, float64 ``[rows]``; minus infinity where nothing was seen.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.low = torch.full((rows,), torch.inf, dtype=torch.float64)
+        self.high = torch.full((rows,), -torch.inf, dtype=torch.float64)
+
+    @property
+    def missing_rows(self) -> list[int]:
+        """Rows for which nothing was observed."""
+        return torch.nonzero(self.low > self.high).flatten().tolist()
+
+    def update(self, row: int, x: Tensor) -> None:
+        """Takes one more tensor of any floating dtype and shape into account.
+
+        Raises:
+            NonFiniteError: ``x`` holds NaN or infinity; nothing was recorded.
+        """
+        low, high = (float(end) for end in torch.aminmax(x.detach()))
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise NonFiniteError(f"values from {low} to {high}")
+        self._record(row, x.detach(), low, high)
+
+    def _record(self, row: int, x: Tensor, low: float, high: float) -> None:
+        self.low[row] = min(float(self.low[row]), low)
+        self.high[row] = max(float(self.high[row]), high)
+
+    def end_batch(self) -> None:  # noqa: B027  most observers have nothing to do here
+        """Marks the end of one batch of prompts (all its steps)."""
+
+    @abstractmethod
+    def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """Low and high for a quantizer, float64 ``[rows]``; defined only for rows that are not missing."""
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that describe what was seen up to the last end of a batch."""
+        return {"low": self.low, "high": self.high}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Goes on from a saved state. Raises ``KeyError`` or ``ValueError`` when it is of another
+        observer.
+        """
+        for name, tensor in self.state().items():
+            if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
+                raise ValueError(f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}")
+            tensor.copy_(state[name])
+
+
+class MinMaxObserver(RangeObserver):
+    """The smallest and the largest value."""
+
+    def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return self.low.clone(), self.high.clone()
+
+
+class EmaMinMaxObserver(RangeObserver):
+    """Exponential moving average of the smallest and largest value of each batch of prompts.
+
+    The average moves once per batch, whatever the number of denoiser calls in it and whoever asks for a range
+    (methods.md 2.4: MixDQ's code moves it once per requested width).
+    """
+
+    def __init__(self, rows: int, momentum: float) -> None:
+        super().__init__(rows)
+        self.momentum = momentum
+        self.average_low = torch.full((rows,), torch.nan, dtype=torch.float64)
+        self.average_high = torch.full((rows,), torch.nan, dtype=torch.float64)
+        self._forget_batch()
+
+    def _forget_batch(self) -> None:
+        self._batch_low = torch.full_like(self.low, torch.inf)
+        self._batch_high = torch.full_like(self.high, -torch.inf)
+
+    def _record(self, row: int, x: Tensor, low: float, high: float) -> None:
+        super()._record(row, x, low, high)
+        self._batch_low[row] = min(float(self._batch_low[row]), low)
+        self._batch_high[row] = max(float(self._batch_high[row]), high)
+
+    def end_batch(self) -> None:
+        seen = self._batch_low <= self._batch_high
+        first = seen & self.average_low.isnan()
+        for average, batch in ((self.average_low, self._batch_low), (self.average_high, self._batch_high)):
+            moved = self.momentum * average + (1 - self.momentum) * batch
+            average.copy_(torch.where(first, batch, torch.where(seen, moved, average)))
+        self._forget_batch()
+
+    def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return self.average_low.clone(), self.average_high.clone()
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"average_low": self.average_low, "average_high": self.average_high}
+
+
+class PercentileObserver(RangeObserver):
+    """The range that keeps a share of all values, half of the rest beyond either end.
+
+    Values are counted in fixed bins of equal relative width (32 per octave, from 2^-24 to 2^24, for either
+    sign), read off the bits of FP32. Histograms of any two runs add up exactly; an end is off by at most one
+    bin, 1/32 of its size.
+    """
+
+    _MANTISSA_BITS = 5
+    _LOWEST_EXPONENT, _HIGHEST_EXPONENT = -24, 24
+
+    def __init__(self, rows: int, percentile: float) -> None:
+        super().__init__(rows)
+        self.percentile = percentile
+        self._shift = 23 - self._MANTISSA_BITS
+        self._base = (127 + self._LOWEST_EXPONENT) << self._MANTISSA_BITS
+        self._bins = (self._HIGHEST_EXPONENT - self._LOWEST_EXPONENT) << self._MANTISSA_BITS
+        # [negative bins, largest magnitude first | values below 2^-24 | positive bins]
+        self.counts = torch.zeros((rows, 2 * self._bins + 1), dtype=torch.int64)
+        keys = np.arange(self._base, self._base + self._bins + 1, dtype=np.int32)
+        magnitude = (keys << self._shift).view(np.float32).astype(np.float64)
+        self._edges = np.concatenate([-magnitude[::-1], magnitude])
+
+    def _record(self, row: int, x: Tensor, low: float, high: float) -> None:
+        super()._record(row, x, low, high)
+        bits = x.float().contiguous().view(torch.int32).flatten()
+        index = ((bits & 0x7FFFFFFF) >> self._shift).sub_(self._base - 1).clamp_(0, self._bins)
+        index = torch.where(bits < 0, -index, index).add_(self._bins)
+        self.counts[row] += torch.bincount(index, minlength=self.counts.shape[1]).cpu()
+
+    def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        tail = (1 - self.percentile / 100) / 2
+        low, high = self.low.clone(), self.high.clone()
+        for row in range(self.counts.shape[0]):
+            counts = self.counts[row].numpy()
+            low[row] = max(float(low[row]), self._quantile(counts, tail))
+            high[row] = min(float(high[row]), self._quantile(counts, 1 - tail))
+        return low, high
+
+    def _quantile(self, counts: NDArray[np.int64], share: float) -> float:
+        cumulative = np.concatenate([[0], np.cumsum(counts)]).astype(np.float64)
+        return float(np.interp(share * cumulative[-1], cumulative, self._edges))
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"counts": self.counts}
+
+
+class MseObserver(RangeObserver):
+    """The range of least quantization error on a bounded uniform sample of all values (reservoir sampling).
+
+    Each tensor offers the same number of random values; the random numbers depend only on the seed, the name,
+    the row and how many tensors the row has seen, so a resumed run draws what an uninterrupted one would.
+    """
+
+    _VALUES_PER_TENSOR = 2048
+    _STATIC_CAPACITY, _ROW_CAPACITY = 32768, 4096
+
+    def __init__(self, rows: int, name: str, seed: int) -> None:
+        super().__init__(rows)
+        capacity = self._STATIC_CAPACITY if rows == 1 else self._ROW_CAPACITY
+        self.values = torch.zeros((rows, capacity), dtype=torch.float32)
+        self.tensors = torch.zeros(rows, dtype=torch.int64)
+        self.offered = torch.zeros(rows, dtype=torch.int64)
+        self._seed = (seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+
+    def _record(self, row: int, x: Tensor, low: float, high: float) -> None:
+        super()._record(row, x, low, high)
+        generator = np.random.default_rng([*self._seed, row, int(self.tensors[row])])
+        chosen = torch.from_numpy(generator.integers(x.numel(), size=self._VALUES_PER_TENSOR))
+        values = x.reshape(-1)[chosen.to(x.device)].float().cpu().numpy()
+        self._offer(row, values, generator)
+        self.tensors[row] += 1
+
+    def _offer(self, row: int, values: NDArray[np.float32], generator: np.random.Generator) -> None:
+        reservoir = self.values[row].numpy()  # shares memory
+        number = int(self.offered[row]) + np.arange(len(values))
+        slot = np.where(number < len(reservoir), number, generator.integers(number + 1))
+        kept = slot < len(reservoir)
+        reservoir[slot[kept]] = values[kept]
+        self.offered[row] += len(values)
+
+    def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        low, high = self.low.clone(), self.high.clone()
+        for row in range(low.shape[0]):
+            sample = self.values[row, : int(self.offered[row])]
+            low[row], high[row] = activation_range_of_least_error(
+                sample, float(low[row]), float(high[row]), spec
+            )
+        return low, high
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"values": self.values, "tensors": self.tensors, "offered": self.offered}
+
+
+def make_observer(spec: ObserverSpec, rows: int, *, name: str, seed: int) -> RangeObserver:
+    """Makes the observer that a recipe asks for.
+
+    Args:
+        spec: kind and parameters.
+        rows: rows of the step table.
+        name: of the observed tensor; with ``seed`` it fixes which values are sampled.
+        seed: of the calibration.
+    """
+    match spec.kind:
+        case "minmax":
+            return MinMaxObserver(rows)
+        case "ema_minmax":
+            return EmaMinMaxObserver(rows, spec.momentum)
+        case "percentile":
+            return PercentileObserver(rows, spec.percentile)
+        case "mse":
+            return MseObserver(rows, name, seed)

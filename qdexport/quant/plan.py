@@ -1,0 +1,177 @@
+"""From the rules of a recipe to a decision for every Conv2d and Linear of a denoiser."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import nn
+
+from qdexport.core.recipe import Recipe, Rule
+from qdexport.core.spec import LayerPlan, QuantSpec
+from qdexport.errors import RecipeError
+from qdexport.models.denoiser import input_groups, quantizable_layers, time_layers
+
+__all__ = ["activation_keys", "macs_share", "plan_layers"]
+
+logger = logging.getLogger(__name__)
+
+LayerKind = Literal["conv", "linear"]
+
+_WEIGHT_OBSERVERS = ("minmax", "mse")
+
+
+def plan_layers(
+    denoiser: nn.Module,
+    recipe: Recipe,
+    macs: Mapping[str, int] | None = None,
+    splits: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[LayerPlan]:
+    """Decides for every Conv2d and Linear what quantizes it; the last rule that matches a layer wins.
+
+    Layers of the time path become rows of a table and are marked folded, unless the recipe says
+    ``time_embedding: keep``. Layers that read one tensor share its quantizer as long as their rules agree on
+    it.
+
+    Args:
+        denoiser: the floating-point network.
+        recipe: the rules.
+        macs: multiply-accumulates per layer, for coverage.
+        splits: input-channel groups with quantizers of their own, per convolution.
+
+    Returns:
+        One plan per layer, in the order of ``named_modules``; layers without a rule stay in floating point.
+
+    Raises:
+        RecipeError: a rule matches no layer, or asks for what a weight quantizer cannot do.
+    """
+    kinds: dict[str, LayerKind] = {
+        name: "conv" if isinstance(module, nn.Conv2d) else "linear"
+        for name, module in quantizable_layers(denoiser).items()
+    }
+    _check_rules(recipe.rules, kinds)
+    folded = frozenset() if recipe.time_embedding == "keep" else time_layers(denoiser)
+    groups = _ActivationGroups(input_groups(denoiser))
+    plans = []
+    for name, kind in kinds.items():
+        number, rule = _deciding_rule(recipe.rules, name, kind)
+        runs = macs is None or macs.get(name, 0) > 0
+        plan = LayerPlan(
+            name=name,
+            kind=kind,
+            weight=None,
+            activation=None,
+            folded=name in folded,
+            macs=(macs or {}).get(name, 0),
+            why=_reason(recipe, number, rule, name in folded) if runs else "does not run",
+        )
+        if rule is not None and rule.activation is not None and runs and not plan.folded:
+            parts = tuple((splits or {}).get(name, ()))
+            group = groups.of(name, rule.activation, parts)
+            plan = replace(plan, weight=rule.weight, activation=rule.activation, splits=parts, group=group)
+        plans.append(plan)
+    _warn_of_idle_rules(recipe, plans)
+    return plans
+
+
+def activation_keys(plan: LayerPlan) -> tuple[str, ...]:
+    """Names of the activation ranges of a quantized layer: its group's, or one per part of a split layer."""
+    if not plan.quantized:
+        return ()
+    if plan.splits:
+        return tuple(f"{plan.group}#{index}" for index in range(len(plan.splits)))
+    return (plan.group,)
+
+
+def macs_share(plans: Iterable[LayerPlan]) -> float:
+    """Share of all conv and linear multiply-accumulates that quantized layers do; folded layers count as not
+    quantized.
+    """
+    plans = list(plans)
+    total = sum(plan.macs for plan in plans)
+    return sum(plan.macs for plan in plans if plan.quantized) / total if total else 0.0
+
+
+class _ActivationGroups:
+    """Names of activation groups: one per input tensor and quantizer."""
+
+    def __init__(self, inputs: Mapping[str, str]) -> None:
+        self._inputs = inputs
+        self._kinds: dict[str, list[tuple[QuantSpec, tuple[int, ...]]]] = {}
+
+    def of(self, name: str, spec: QuantSpec, splits: tuple[int, ...]) -> str:
+        """The group of a layer; layers that disagree about the quantizer of one tensor get groups
+        ``tensor@1``, ...
+        """
+        tensor = self._inputs.get(name, name)
+        kinds = self._kinds.setdefault(tensor, [])
+        if (spec, splits) not in kinds:
+            kinds.append((spec, splits))
+        index = kinds.index((spec, splits))
+        return tensor if index == 0 else f"{tensor}@{index}"
+
+
+def _deciding_rule(rules: Sequence[Rule], name: str, kind: str) -> tuple[int, Rule | None]:
+    for number, rule in reversed(list(enumerate(rules, 1))):
+        if rule.matches(name, kind):
+            return number, rule
+    return 0, None
+
+
+def _check_rules(rules: Sequence[Rule], kinds: Mapping[str, LayerKind]) -> None:
+    for number, rule in enumerate(rules, 1):
+        if not any(rule.matches(name, kind) for name, kind in kinds.items()):
+            raise RecipeError(f"{_label(number, rule)} matches no layer of the model{_hint(rule, kinds)}")
+        if rule.weight is not None and rule.weight.observer.kind not in _WEIGHT_OBSERVERS:
+            raise RecipeError(
+                f"{_label(number, rule)}: weight.observer.kind is {rule.weight.observer.kind!r}; "
+                f"weights have {' and '.join(_WEIGHT_OBSERVERS)}"
+            )
+        if rule.weight is not None and not rule.weight.signed:
+            raise RecipeError(
+                f"{_label(number, rule)}: weight.signed is false; weights have both signs, remove it"
+            )
+
+
+def _hint(rule: Rule, kinds: Mapping[str, LayerKind]) -> str:
+    other_kind = [
+        name for name, kind in kinds.items() if rule.matches(name, "conv") or rule.matches(name, "linear")
+    ]
+    if other_kind:
+        return f"; {other_kind[0]!r} is a {kinds[other_kind[0]]}, but kinds is {list(rule.kinds)}"
+    wanted = " ".join(pattern.removeprefix("re:") for pattern in rule.patterns)
+    near = difflib.get_close_matches(wanted, list(kinds), n=3, cutoff=0.4)
+    if not near:
+        # a glob with much left open resembles no whole path; its last fixed word may resemble a module's name
+        words = sorted({part for name in kinds for part in name.split(".") if not part.isdigit()})
+        last = [word for word in wanted.replace("*", ".").replace("\\", ".").split(".") if word]
+        near = difflib.get_close_matches(last[-1], words, n=3) if last else []
+    return (
+        f"; did you mean {', '.join(near)}?"
+        if near
+        else f"; layers are named like {', '.join(list(kinds)[:3])}"
+    )
+
+
+def _label(number: int, rule: Rule) -> str:
+    return f"rule {number} (match: {', '.join(rule.patterns)})"
+
+
+def _reason(recipe: Recipe, number: int, rule: Rule | None, folded: bool) -> str:
+    if folded:
+        return f"depends on the timestep alone (time_embedding: {recipe.time_embedding})"
+    return "no rule matches" if rule is None else _label(number, rule)
+
+
+def _warn_of_idle_rules(recipe: Recipe, plans: Sequence[LayerPlan]) -> None:
+    for number, rule in enumerate(recipe.rules, 1):
+        matched = [plan for plan in plans if rule.matches(plan.name, plan.kind)]
+        if all(plan.folded for plan in matched):
+            logger.warning(
+                "%s matches only layers that become a table of the timestep; "
+                "`time_embedding: keep` would quantize them",
+                _label(number, rule),
+            )

@@ -1,0 +1,181 @@
+"""Activation ranges: what a calibration finds, or what a user brings."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qdexport.core.files import atomic_path
+from qdexport.core.spec import LayerPlan
+from qdexport.errors import ModelError
+from qdexport.quant.plan import activation_keys
+
+__all__ = ["ActivationRanges", "given_ranges", "load_ranges"]
+
+_METADATA_KEY = "qdexport.activation_ranges"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationRanges:
+    """The range of every quantized layer's input.
+
+    Attributes:
+        low: smallest value to represent by activation key (a group's name, or ``group#part``), float64
+            ``[rows]``.
+        high: largest value, same keys and shapes.
+        timesteps: the sampler's timesteps that were calibrated, in sampling order; with more than one row,
+            row i is the i-th timestep's. Empty when the ranges were given.
+    """
+
+    low: Mapping[str, Tensor]
+    high: Mapping[str, Tensor]
+    timesteps: tuple[int, ...] = field(default=())
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step tables; 1 is static."""
+        return max((len(tensor) for tensor in self.low.values()), default=1)
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file atomically: ``<key>/low`` and ``<key>/high``."""
+        tensors = {f"{key}/low": tensor.contiguous() for key, tensor in self.low.items()}
+        tensors |= {f"{key}/high": tensor.contiguous() for key, tensor in self.high.items()}
+        facts = {"version": _VERSION, "timesteps": list(self.timesteps)}
+        with atomic_path(path) as partial:
+            save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: Path) -> ActivationRanges:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ModelError: no such file, not one of ours, or cut short.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        except FileNotFoundError as error:
+            raise ModelError(
+                f"activation ranges {path} do not exist; calibrate first, or name another file"
+            ) from error
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise ModelError(f"activation ranges {path} cannot be read ({error}); calibrate again") from error
+        if not isinstance(facts, dict) or facts.get("version") != _VERSION:
+            raise ModelError(
+                f"{path} holds no activation ranges of qdexport (version {_VERSION}); calibrate again"
+            )
+        ends = {
+            end: {name.removesuffix(f"/{end}"): t for name, t in tensors.items() if name.endswith(f"/{end}")}
+            for end in ("low", "high")
+        }
+        return cls(low=ends["low"], high=ends["high"], timesteps=tuple(facts["timesteps"]))
+
+    def check(self, plans: Sequence[LayerPlan], source: str = "activation ranges") -> None:
+        """Makes sure that every quantized layer has a usable range.
+
+        Raises:
+            ModelError: a missing range (with the nearest names), the wrong number of rows, NaN, infinity, or
+                low above high.
+        """
+        for plan in plans:
+            for key in activation_keys(plan):
+                if key not in self.low or key not in self.high:
+                    near = difflib.get_close_matches(key, list(self.low), n=2)
+                    hint = f"; near: {', '.join(near)}" if near else ""
+                    raise ModelError(f"{source}: no range for {key!r}, the input of layer {plan.name}{hint}")
+                self._check_values(key, plan.name, source)
+
+    def _check_values(self, key: str, layer: str, source: str) -> None:
+        low, high = self.low[key], self.high[key]
+        where = f"{source}: the range of {key!r}, the input of layer {layer},"
+        if low.shape != high.shape or low.dim() != 1 or len(low) not in (1, self.rows):
+            raise ModelError(
+                f"{where} has shapes {list(low.shape)} and {list(high.shape)}, expected [{self.rows}] rows"
+            )
+        if len(low) > 1 and len(low) != len(self.timesteps):
+            raise ModelError(f"{where} has {len(low)} rows for {len(self.timesteps)} timesteps")
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            raise ModelError(f"{where} holds NaN or infinity")
+        if bool((low > high).any()):
+            row = int((low > high).nonzero()[0])
+            raise ModelError(f"{where} has low {float(low[row])} above high {float(high[row])} in row {row}")
+
+
+def given_ranges(plans: Sequence[LayerPlan], low: float, high: float) -> ActivationRanges:
+    """One static range for every quantized layer: for models whose weights are random, where sampling tells
+    nothing.
+    """
+    keys = {key for plan in plans for key in activation_keys(plan)}
+    ranges = ActivationRanges(
+        low={key: torch.tensor([low], dtype=torch.float64) for key in sorted(keys)},
+        high={key: torch.tensor([high], dtype=torch.float64) for key in sorted(keys)},
+    )
+    ranges.check(plans, f"given range {low}..{high}")
+    return ranges
+
+
+def load_ranges(path: Path, plans: Sequence[LayerPlan]) -> ActivationRanges:
+    """Reads ranges from a user's file.
+
+    Either a safetensors file of :meth:`ActivationRanges.save`, or JSON: ``{"<layer or group>": [low, high]}``
+    with numbers, or with two lists of one number per row next to ``"timesteps": [...]``. A layer's name
+    counts for its whole group.
+
+    Raises:
+        ModelError: the file cannot be read, names an unknown layer, or leaves a layer without a range.
+    """
+    ranges = ActivationRanges.load(path) if path.suffix != ".json" else _ranges_from_json(path, plans)
+    ranges.check(plans, str(path))
+    return ranges
+
+
+def _ranges_from_json(path: Path, plans: Sequence[LayerPlan]) -> ActivationRanges:
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"activation ranges {path} do not exist") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"activation ranges {path} are not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ModelError(
+            f'{path} must hold an object {{"layer": [low, high]}}, not a JSON {type(data).__name__}'
+        )
+    timesteps = tuple(data.pop("timesteps", ()))
+    keys = _keys_by_name(plans)
+    low: dict[str, Tensor] = {}
+    high: dict[str, Tensor] = {}
+    for name, ends in data.items():
+        if name not in keys:
+            near = difflib.get_close_matches(name, list(keys), n=2)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ModelError(f"{path}: {name!r} is no quantized layer of this model{hint}")
+        low[keys[name]], high[keys[name]] = _two_ends(path, name, ends)
+    return ActivationRanges(low=low, high=high, timesteps=timesteps)
+
+
+def _keys_by_name(plans: Sequence[LayerPlan]) -> dict[str, str]:
+    """Activation key by key, and by the names of layers and parts that read it."""
+    keys: dict[str, str] = {}
+    for plan in plans:
+        if plan.quantized:
+            keys |= dict(zip(plan.parts, activation_keys(plan), strict=True))
+    return keys | {key: key for key in keys.values()}
+
+
+def _two_ends(path: Path, name: str, ends: Any) -> tuple[Tensor, Tensor]:
+    try:
+        low, high = (torch.tensor(end, dtype=torch.float64).reshape(-1) for end in ends)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {name!r} must be [low, high], not {json.dumps(ends)[:80]}") from error
+    return low, high

@@ -1,0 +1,145 @@
+"""Clipping ranges of least error: how far the two ends of a range are drawn in before it is quantized.
+
+The error of a range is ``sum |x - Q(x)|^p`` with the very scale and zero point the quantizer will have.
+Ratios run from 0.2 to 1, where 1 keeps min-max. The search goes from coarse to fine: first ratios spread over
+the whole span, then ratios between the neighbours of the best one, so that ``observer.grid`` equally spaced
+ratios are resolved with far fewer evaluations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qdexport.core.spec import Granularity, ObserverSpec, QuantSpec
+from qdexport.quant.affine import parameters_from_range
+
+__all__ = ["activation_range_of_least_error", "weight_range"]
+
+_SMALLEST_RATIO = 0.2
+_REFINEMENTS = 9  # ratios of the fine stage: the coarse best, and four on either side
+
+# error of one candidate per channel: ratios [C] -> summed errors [C]
+_ChannelError = Callable[[Tensor], Tensor]
+
+
+def weight_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The range that a weight's quantizer covers.
+
+    Args:
+        weight: ``[C, ...]`` of any floating dtype; temporaries are of this one layer and FP32.
+        spec: per channel or per tensor; observer ``minmax`` or ``mse``.
+
+    Returns:
+        FP32 low and high, ``[C]`` per channel or ``[1]`` per tensor.
+
+    Raises:
+        ValueError: an observer that weights do not have.
+    """
+    rows = (
+        weight.detach().flatten(1)
+        if spec.granularity is Granularity.PER_CHANNEL
+        else weight.detach().reshape(1, -1)
+    )
+    low, high = (end.float() for end in torch.aminmax(rows, dim=1))
+    if spec.observer.kind == "minmax":
+        return low, high
+    if spec.observer.kind != "mse":
+        raise ValueError(f"weights have the observers minmax and mse, not {spec.observer.kind}")
+    values = rows.float()
+
+    def error(ratio: Tensor) -> Tensor:
+        scale, zero_point = parameters_from_range(low * ratio, high * ratio, spec)
+        return _power_error(values, scale[:, None], zero_point[:, None], spec).sum(dim=1)
+
+    ratio = _best_ratio_per_channel(error, low.shape[0], spec.observer, weight.device)
+    return low * ratio, high * ratio
+
+
+def activation_range_of_least_error(
+    values: Tensor, low: float, high: float, spec: QuantSpec
+) -> tuple[float, float]:
+    """The range of least error for a sample of an activation.
+
+    A symmetric quantizer has one ratio for both ends, an asymmetric one a ratio for each end.
+
+    Args:
+        values: FP32 ``[N]``, a sample.
+        low: the exact smallest value.
+        high: the exact largest value.
+        spec: the quantizer.
+
+    Returns:
+        Low and high of the range.
+    """
+    ends = torch.tensor([min(low, 0.0), max(high, 0.0)], dtype=torch.float64)
+    span = torch.linspace(
+        1, _SMALLEST_RATIO, _coarse_ratios(spec.observer, spec.symmetric), dtype=torch.float64
+    )
+    coarse = _pairs(span, span, spec.symmetric)
+    best = coarse[_least_error(values, ends, coarse, spec)]
+    step = float(span[0] - span[1])
+    low_fine, high_fine = _around(float(best[0]), step), _around(float(best[1]), step)
+    fine = torch.cat([best[None], _pairs(low_fine, high_fine, spec.symmetric)])  # the coarse best wins a tie
+    best = fine[_least_error(values, ends, fine, spec)]
+    return float(ends[0] * best[0]), float(ends[1] * best[1])
+
+
+def _coarse_ratios(observer: ObserverSpec, single: bool) -> int:
+    """Ratios per end in the coarse stage; a search over one ratio can afford twice as many as one over
+    pairs.
+    """
+    return max(2, math.ceil(math.sqrt(observer.grid)) * (2 if single else 1))
+
+
+def _around(best: float, step: float) -> Tensor:
+    offsets = torch.linspace(-step, step, _REFINEMENTS, dtype=torch.float64)
+    return (best + offsets).clamp(_SMALLEST_RATIO, 1)
+
+
+def _pairs(low: Tensor, high: Tensor, symmetric: bool) -> Tensor:
+    """Candidates ``[K, 2]``: ratios of the low and the high end."""
+    return torch.stack([low, low], dim=1) if symmetric else torch.cartesian_prod(low, high)
+
+
+def _least_error(values: Tensor, ends: Tensor, candidates: Tensor, spec: QuantSpec) -> int:
+    ranges = candidates * ends
+    scale, zero_point = parameters_from_range(ranges[:, 0], ranges[:, 1], spec)
+    errors = _power_error(values[None], scale[:, None], zero_point[:, None], spec).sum(
+        dim=1, dtype=torch.float64
+    )
+    return int(errors.argmin())
+
+
+def _best_ratio_per_channel(
+    error: _ChannelError, channels: int, observer: ObserverSpec, device: torch.device
+) -> Tensor:
+    span = torch.linspace(1, _SMALLEST_RATIO, _coarse_ratios(observer, single=True), device=device)
+    step = float(span[0] - span[1])
+    best_ratio = torch.ones(channels, device=device)
+    best_error = torch.full((channels,), torch.inf, device=device)
+
+    def try_ratio(ratio: Tensor) -> None:
+        nonlocal best_ratio, best_error
+        candidate = error(ratio)
+        better = candidate < best_error
+        best_ratio = torch.where(better, ratio, best_ratio)
+        best_error = torch.where(better, candidate, best_error)
+
+    for ratio in span:
+        try_ratio(ratio.expand(channels))
+    centre = best_ratio
+    for offset in torch.linspace(-step, step, _REFINEMENTS, device=device):
+        try_ratio((centre + offset).clamp(_SMALLEST_RATIO, 1))
+    return best_ratio
+
+
+def _power_error(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    codes = (values / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
+    error = codes.sub_(zero_point).mul_(scale).sub_(values)
+    if spec.observer.exponent == 2.0:
+        return error.square_()
+    return error.abs_().pow_(spec.observer.exponent)
