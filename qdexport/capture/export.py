@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
 from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
-from qdexport.models.denoiser import call_denoiser, example_inputs
+from qdexport.models.denoiser_io import call_denoiser, example_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

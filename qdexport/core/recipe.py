@@ -109,6 +109,7 @@ class Recipe(_Part):
     rules: tuple[Rule, ...] = Field(min_length=1)
     activation_rows: Literal["static", "per_step"] = "static"
     time_embedding: Literal["steps", "all", "keep"] = "steps"
+    split_shortcuts: bool = Field(default=False, description="own quantizers for the hidden and skip halves of up-block shortcuts")
     calibration: Calibration = Calibration()
     shapes: Shapes = Shapes()
     compute_capabilities: tuple[str, ...] | None = None

@@ -1,0 +1,172 @@
+"""``qdexport compile`` and its single stages: quantize, export, build, validate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qdexport.cli.console import make_progress
+from qdexport.cli.options import (
+    common,
+    folder_argument,
+    out_option,
+    overrides_of,
+    recipe_options,
+    target_option,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from qdexport.pipeline.compilation import Compilation, CompileOptions
+    from qdexport.pipeline.workspace import Workspace
+
+__all__ = ["build", "compile_", "export", "quantize", "validate"]
+
+_STAGES = ["quantize", "export", "build", "validate"]
+_PARITY_FAILED = 8
+
+
+@click.command("compile", epilog="""\b
+Examples:
+  qdexport compile shapes                                  the bundled model, W8A8, TensorRT-RTX
+  qdexport compile ./my-sd --recipe w8a8-timestep --body fp16 --out out
+  qdexport compile runwayml/stable-diffusion-v1-5 --recipe my.yaml --set calibration.prompts=64
+  qdexport compile shapes --force build                    build again although nothing changed
+""")
+@click.argument("model")
+@recipe_options
+@target_option
+@out_option
+@click.option("--force", "force", multiple=True, type=click.Choice(_STAGES), help="Do this stage again; repeatable.")
+@click.option("--dump-passes", type=click.Path(file_okay=False), help="Write the graph after each pass to this folder.")
+@common
+def compile_(model: str, **options: Any) -> None:
+    """Quantize, export, build and check MODEL: a bundled name, a diffusers folder or a hub id.
+
+    Writes an output folder with checkpoint, ONNX file, engine, images, report.html and report.json. A second run
+    does only what changed; an interrupted one continues. Ends with code 8 when a check failed.
+    """
+    prepared = _options(model, options)
+    failed = _run(prepared, _out(prepared, options["out"]), options, lambda job: job.compile())
+    if failed:
+        raise SystemExit(_PARITY_FAILED)
+
+
+@click.command(epilog="""\b
+Example:
+  qdexport quantize shapes --recipe w8a8-asym --out out
+""")
+@click.argument("model")
+@recipe_options
+@target_option
+@out_option
+@click.option("--force", is_flag=True, help="Calibrate again although nothing changed.")
+@common
+def quantize(model: str, **options: Any) -> None:
+    """Calibrate MODEL and write the fake-quant checkpoint: a diffusers folder plus quantization.safetensors."""
+    options["force"] = ("quantize",) if options["force"] else ()
+    prepared = _options(model, options)
+    _run(prepared, _out(prepared, options["out"]), options, lambda job: job.quantize())
+
+
+def _stage_command(name: str, help_text: str) -> Callable[..., Any]:
+    @click.command(name, help=help_text, epilog=f"\b\nExample:\n  qdexport {name} out")
+    @folder_argument
+    @click.option("--target", help="Default: the folder's own.")
+    @click.option("--force", is_flag=True, help="Do it again although nothing changed.")
+    @common
+    def command(folder: Path, **options: Any) -> None:
+        prepared = _continued_options(folder, options["target"], (name,) if options["force"] else ())
+
+        def stage(job: Compilation) -> None:
+            getattr(job, name)()
+            if name == "validate":
+                job.report()
+
+        if _run(prepared, folder, options, stage) and name == "validate":
+            raise SystemExit(_PARITY_FAILED)
+
+    return command
+
+
+export = _stage_command("export", "Lower the checkpoint in OUT to a type-exact QDQ ONNX file.")
+build = _stage_command("build", "Compile the ONNX file in OUT to an engine, in a child process.")
+validate = _stage_command("validate", "Check everything in OUT: parity layer by layer, noise floor, images, plan audit.")
+
+
+def _options(model: str, options: dict[str, Any]) -> CompileOptions:
+    from pathlib import Path
+
+    from qdexport.core.recipe import load_recipe
+    from qdexport.core.target import target_named
+    from qdexport.pipeline.compilation import CompileOptions
+
+    dump = options.get("dump_passes")
+    return CompileOptions(
+        model=model,
+        recipe=load_recipe(options["recipe"], overrides_of(options["assignments"], options["body"])),
+        target=target_named(options["target"]),
+        variant=options["variant"],
+        ranges=options["ranges"],
+        force=frozenset(options["force"]),
+        dump_passes=Path(dump) if dump else None,
+    )
+
+
+def _continued_options(folder: Path, target: str | None, force: tuple[str, ...]) -> CompileOptions:
+    from qdexport.core.recipe import load_recipe
+    from qdexport.core.results import Manifest
+    from qdexport.core.target import target_named
+    from qdexport.errors import ModelError
+    from qdexport.pipeline.compilation import CompileOptions
+
+    manifest = Manifest.load(folder / "manifest.json")
+    recipe = folder / "checkpoint" / "recipe.yaml"
+    if not recipe.is_file():
+        raise ModelError(f"{folder} holds no checkpoint; run `qdexport quantize MODEL --out {folder}` first")
+    return CompileOptions(
+        model=manifest.model,
+        recipe=load_recipe(str(recipe)),
+        target=target_named(target or manifest.target),
+        force=frozenset(force),
+    )
+
+
+def _out(prepared: CompileOptions, given: Path | None) -> Path:
+    from pathlib import Path
+
+    if given is not None:
+        return given
+    name = prepared.model.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1]
+    return Path("qdexport-out") / f"{name}-{prepared.recipe.name}"
+
+
+def _run(
+    prepared: CompileOptions, out: Path, options: dict[str, Any], stage: Callable[[Compilation], None]
+) -> bool:
+    """Runs a stage over an output folder and shows the result; returns whether a check failed."""
+    from qdexport.pipeline.compilation import Compilation, new_manifest, new_report
+    from qdexport.pipeline.workspace import Workspace
+
+    progress = make_progress(options["verbose"], options["as_json"])
+    with Workspace.open(out, new_manifest(prepared), new_report(prepared)) as workspace:
+        job = Compilation(prepared, workspace, progress)
+        stage(job)
+        workspace.save()
+        _show(workspace, as_json=options["as_json"])
+        parity, coverage = workspace.report.parity, workspace.report.coverage
+        return bool((parity and parity.verdict == "fail") or (coverage and coverage.mismatches))
+
+
+def _show(workspace: Workspace, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from qdexport.report.terminal import summary
+
+    if as_json:
+        click.echo(workspace.report.model_dump_json(exclude_none=True))
+    else:
+        summary(workspace.report, Console(highlight=False), workspace.root)

@@ -1,0 +1,70 @@
+"""The command line: ``qdexport``. Only this package prints and exits."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import click
+
+from qdexport import __version__
+from qdexport.cli.compile import build, compile_, export, quantize, validate
+from qdexport.cli.doctor import doctor
+from qdexport.cli.inspect import inspect
+from qdexport.cli.recipes import recipes
+from qdexport.cli.sample import sample
+from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
+
+__all__ = ["cli", "main"]
+
+_EPILOG = """\b
+Examples:
+  qdexport compile shapes --recipe w8a8 --target tensorrt-rtx --out out
+  qdexport compile path/to/stable-diffusion --recipe w8a8-timestep --body fp16
+  qdexport inspect out
+  qdexport doctor
+
+\b
+Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 model, 4 capture, 5 compiler pass, 6 ONNX file,
+7 engine build, 8 parity or audit failed, 9 missing package or device, 10 output folder, 130 interrupted.
+"""
+
+
+class _Group(click.Group):
+    """Turns the errors that are meant for users into one message and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QdExportError as error:
+            logging.getLogger(__name__).debug("traceback", exc_info=error)
+            shown = click.ClickException(str(error))
+            shown.exit_code = error.exit_code
+            raise shown from error
+
+
+@click.group(cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="qdexport")
+def cli() -> None:
+    """Compiles quantized diffusion models for NVIDIA hardware, and proves at every step that nothing was lost."""
+
+
+for command in (compile_, quantize, export, build, validate, inspect, sample, recipes, doctor):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the ``qdexport`` script."""
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        click.echo(
+            "\nInterrupted. Finished stages and calibration batches are kept: the same command continues there.", err=True
+        )
+        sys.exit(INTERRUPTED_EXIT_CODE)

@@ -1,0 +1,81 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import yaml
+
+from qdexport.core.target import TARGETS
+from qdexport.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["common", "folder_argument", "out_option", "overrides_of", "recipe_options", "target_option"]
+
+_F = TypeVar("_F", bound="Callable[..., Any]")
+
+
+def common(function: _F) -> _F:
+    """``--json`` and ``-v``."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."),
+        click.option("-v", "--verbose", count=True, help="Say more (-v: stages and passes, -vv: everything)."),
+    ):
+        function = option(function)
+    return function
+
+
+def recipe_options(function: _F) -> _F:
+    """``--recipe`` and what overrides it."""
+    for option in (
+        click.option("--ranges", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+                     help="Activation ranges from a file (.safetensors or .json) instead of calibration."),
+        click.option("--variant", help="Variant of the weight files, for example fp16."),
+        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
+                     help="Override a value of the recipe, for example --set calibration.prompts=8."),
+        click.option("--body", type=click.Choice(["auto", "fp32", "fp16"]), help="Type of everything that is not quantized."),
+        click.option("--recipe", default="w8a8", show_default=True,
+                     help="A preset (see `qdexport recipes`) or a .yaml file."),
+    ):
+        function = option(function)
+    return function
+
+
+def target_option(function: _F) -> _F:
+    """``--target``."""
+    return click.option(
+        "--target", type=click.Choice(list(TARGETS)), default="tensorrt-rtx", show_default=True, help="Where it will run."
+    )(function)
+
+
+def out_option(function: _F) -> _F:
+    """``--out``."""
+    return click.option(
+        "--out", type=click.Path(file_okay=False, path_type=Path),
+        help="Output folder; default: qdexport-out/MODEL-RECIPE.",
+    )(function)
+
+
+def folder_argument(function: _F) -> _F:
+    """The output folder of an earlier command."""
+    return click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, path_type=Path))(function)
+
+
+def overrides_of(assignments: tuple[str, ...], body: str | None) -> dict[str, Any]:
+    """The values of ``--set`` and ``--body``. Raises ``RecipeError`` for an assignment without ``=``."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"--set {assignment!r} is not KEY=VALUE")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
+    if body is not None:
+        values["body"] = body
+    return values

@@ -1,0 +1,252 @@
+"""One compilation: the stages over one output folder, each found again when nothing it depends on changed."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qdexport import __version__
+from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, require_builder
+from qdexport.core.environment import environment_facts
+from qdexport.core.files import digest_of, tree_sha256
+from qdexport.core.results import Manifest, Report
+from qdexport.errors import RecipeError
+from qdexport.models.denoiser import layer_macs, shortcut_splits
+from qdexport.models.denoiser_io import io_spec
+from qdexport.models.load import load_model
+from qdexport.models.source import resolve_source
+from qdexport.pipeline.lower import lower_to_onnx, network_facts
+from qdexport.pipeline.report import write_report
+from qdexport.pipeline.validate import validate
+from qdexport.pipeline.workspace import Made
+from qdexport.quant.attach import quantize_model
+from qdexport.quant.calibrate import calibrate
+from qdexport.quant.checkpoint import load_quantized, save_quantized
+from qdexport.quant.plan import plan_layers
+from qdexport.quant.ranges import load_ranges
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qdexport.core.progress import ProgressSink
+    from qdexport.core.recipe import Recipe
+    from qdexport.core.spec import LayerPlan
+    from qdexport.core.target import Target
+    from qdexport.models.loaded import LoadedModel
+    from qdexport.pipeline.workspace import Workspace
+    from qdexport.quant.attach import QuantizedModel
+    from qdexport.quant.ranges import ActivationRanges
+
+__all__ = ["STAGES", "Compilation", "CompileOptions", "new_manifest", "new_report"]
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("quantize", "export", "build", "validate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileOptions:
+    """What to compile.
+
+    Attributes:
+        model: a bundled name, a diffusers folder, or a hub id.
+        recipe: the whole recipe.
+        target: where it will run.
+        variant: of the model's weight files (``fp16``).
+        ranges: a file of activation ranges; the model is then not sampled for calibration.
+        copy_weights: store the floating-point weights in the checkpoint, or only where they are.
+        force: stages to do again although nothing changed.
+        dump_passes: folder for the graph after each pass.
+    """
+
+    model: str
+    recipe: Recipe
+    target: Target
+    variant: str | None = None
+    ranges: Path | None = None
+    copy_weights: bool = True
+    force: frozenset[str] = frozenset()
+    dump_passes: Path | None = None
+
+
+def new_manifest(options: CompileOptions) -> Manifest:
+    """The header of the output folder's manifest."""
+    return Manifest(
+        tool_version=__version__,
+        model=options.model,
+        recipe_digest=options.recipe.digest(),
+        target=options.target.name,
+        environment=environment_facts(),
+    )
+
+
+def new_report(options: CompileOptions) -> Report:
+    """The header of the output folder's report."""
+    return Report(
+        tool_version=__version__, model=options.model, recipe=options.recipe.name, target=options.target.name
+    )
+
+
+class Compilation:
+    """Runs stages over a workspace.
+
+    Args:
+        options: what to compile.
+        workspace: an open output folder.
+        progress: where progress is shown.
+    """
+
+    def __init__(self, options: CompileOptions, workspace: Workspace, progress: ProgressSink) -> None:
+        self.options = options
+        self.workspace = workspace
+        self.progress = progress
+        self._model: QuantizedModel | None = None
+
+    def check(self) -> None:
+        """Refuses what cannot work before anything long is started.
+
+        Raises:
+            RecipeError: the target does not build for a compute capability, or cannot run the body's type.
+            MissingDependencyError: the target's builder is not installed.
+        """
+        recipe, target = self.options.recipe, self.options.target
+        if recipe.body != "auto" and recipe.body not in target.bodies:
+            raise RecipeError(f"target {target.name} cannot run a {recipe.body} body; it can: {', '.join(target.bodies)}")
+        if target.module is not None:
+            checked_capabilities(target, recipe.compute_capabilities)
+            require_builder(target)
+
+    def compile(self) -> None:
+        """All stages, in order."""
+        self.check()
+        self.quantize()
+        self.export()
+        if self.options.target.module is not None:
+            self.build()
+        self.validate()
+        self.report()
+
+    def quantize(self) -> None:
+        """Calibrates and writes ``checkpoint/``."""
+        recipe, options = self.options.recipe, self.options
+        _, folder = resolve_source(options.model, options.variant)
+        inputs = {
+            "model": tree_sha256(folder),
+            "variant": options.variant or "",
+            "recipe": _quantize_digest(recipe),
+            "ranges": tree_sha256(options.ranges) if options.ranges else "",
+            "tool": __version__,
+        }
+        checkpoint = self.workspace.root / "checkpoint"
+
+        def work() -> list[Made]:
+            loaded = load_model(options.model, variant=options.variant)
+            plans = self._plan(loaded)
+            self._model = quantize_model(loaded, plans, recipe, self._ranges(loaded, plans))
+            network_facts(self._model, options.target)  # a schedule that is missing is better known now
+            save_quantized(self._model, checkpoint, with_weights=options.copy_weights)
+            return [Made("checkpoint", checkpoint)]
+
+        with self.progress.stage("quantize"):
+            self.workspace.run_stage("quantize", inputs, work, force="quantize" in options.force)
+
+    def export(self) -> None:
+        """Lowers the fake-quant model and writes ``onnx/``."""
+        folder = self.workspace.root / "onnx"
+        inputs = {
+            "checkpoint": self.workspace.digest("checkpoint"),
+            "target": digest_of(self.options.target.name, self.options.target.opset),
+            "shapes": digest_of(self.options.recipe.shapes.model_dump()),
+            "tool": __version__,
+        }
+
+        def work() -> list[Made]:
+            lowered = lower_to_onnx(self.model, folder, self.options.target, self.options.dump_passes)
+            files = sorted(folder.iterdir(), key=lambda path: path == lowered.file.path)
+            return [Made("onnx", path) for path in files]
+
+        with self.progress.stage("export"):
+            self.workspace.run_stage("export", inputs, work, force="export" in self.options.force)
+
+    def build(self) -> None:
+        """Compiles the ONNX file and writes ``engine/``."""
+        folder, recipe = self.workspace.root / "engine", self.options.recipe
+        capabilities = checked_capabilities(self.options.target, recipe.compute_capabilities)
+        inputs = {
+            "onnx": tree_sha256(self.workspace.path("onnx").parent),
+            "target": self.options.target.name,
+            "compute_capabilities": ",".join(capabilities),
+        }
+
+        def work() -> list[Made]:
+            build = BuildOptions(
+                target=self.options.target,
+                io=io_spec(self.model.loaded, recipe.shapes, self.model.body),
+                compute_capabilities=capabilities,
+            )
+            facts, _ = build_engine(self.workspace.path("onnx"), folder, build, logger.info)
+            self.workspace.report.engine = facts
+            return [
+                Made("engine", folder / "model.engine"),
+                Made("plan", folder / "plan.json"),
+                Made("log", folder / "build.log"),
+            ]
+
+        with self.progress.stage("build"):
+            self.workspace.run_stage("build", inputs, work, force="build" in self.options.force)
+
+    def validate(self) -> None:
+        """Compares every artefact with what was planned; writes ``images/`` and ``golden/``."""
+        plan = self.workspace.manifest.artifact("plan")
+        inputs = {
+            "checkpoint": self.workspace.digest("checkpoint"),
+            "onnx": tree_sha256(self.workspace.path("onnx").parent),
+            "plan": plan.sha256 if plan else "",
+            "validation": digest_of(self.options.recipe.validation.model_dump()),
+            "tool": __version__,
+        }
+        with self.progress.stage("validate"):
+            self.workspace.run_stage(
+                "validate",
+                inputs,
+                lambda: validate(self.model, self.options.target, self.workspace, self.progress),
+                force="validate" in self.options.force,
+            )
+
+    def report(self) -> None:
+        """Writes ``report.html`` from what is known, and saves report and manifest."""
+        with self.progress.stage("report"):
+            write_report(self.model, self.workspace)
+
+    @property
+    def model(self) -> QuantizedModel:
+        """The fake-quant model: of this run, or read from the checkpoint."""
+        if self._model is None:
+            self._model = load_quantized(self.workspace.path("checkpoint"))
+        return self._model
+
+    def _plan(self, loaded: LoadedModel) -> list[LayerPlan]:
+        recipe = self.options.recipe
+        macs = layer_macs(loaded.denoiser, io_spec(loaded, recipe.shapes, "fp32"))
+        splits = shortcut_splits(loaded.denoiser) if recipe.split_shortcuts else None
+        return plan_layers(loaded.denoiser, recipe, macs, splits)
+
+    def _ranges(self, loaded: LoadedModel, plans: list[LayerPlan]) -> ActivationRanges:
+        if self.options.ranges is not None:
+            return load_ranges(self.options.ranges, plans)
+        shown = 0
+        with self.progress.track(100, "calibrating") as advance:
+
+            def show(done: int, total: int) -> None:
+                nonlocal shown
+                advance(done * 100 // total - shown)
+                shown = done * 100 // total
+
+            state = self.workspace.root / ".calibration"
+            return calibrate(loaded, plans, self.options.recipe, state_dir=state, on_progress=show)
+
+
+def _quantize_digest(recipe: Recipe) -> str:
+    """What the checkpoint depends on; shapes and validation do not change it, but it stores the whole recipe."""
+    return recipe.digest()

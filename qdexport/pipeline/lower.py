@@ -1,0 +1,107 @@
+"""From a fake-quant model to an ONNX file: capture, passes, emission."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qdexport.capture.export import capture
+from qdexport.core.network_facts import NetworkFacts
+from qdexport.emit.onnx_file import OnnxFile, emit
+from qdexport.errors import RecipeError
+from qdexport.graph.runner import PassContext, PassReport, run_passes
+from qdexport.models.denoiser_io import io_spec
+from qdexport.passes import default_passes
+from qdexport.quant.attach import training_steps_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qdexport.core.target import Target
+    from qdexport.quant.attach import QuantizedModel
+
+__all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowered:
+    """An emitted network."""
+
+    file: OnnxFile
+    facts: NetworkFacts
+    passes: tuple[PassReport, ...]
+
+
+def check_target(model: QuantizedModel, target: Target) -> None:
+    """Refuses what the target cannot do, before anything is made.
+
+    Raises:
+        RecipeError: the body's type is not one of the target's.
+    """
+    if model.body not in target.bodies:
+        raise RecipeError(
+            f"target {target.name} cannot run a {model.body} body; set `body` to one of {', '.join(target.bodies)}"
+        )
+
+
+def lower_to_onnx(
+    model: QuantizedModel, folder: Path, target: Target, dump_dir: Path | None = None
+) -> Lowered:
+    """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx``.
+
+    Raises:
+        RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
+        CaptureError: PyTorch cannot export the model.
+        GraphPassError: a pass refuses the graph.
+        EmitError: the result is not legal ONNX.
+        OutputError: the folder cannot be written.
+    """
+    check_target(model, target)
+    facts = network_facts(model, target)
+    captured = capture(model.denoiser, facts.io)
+    context = PassContext(
+        target=target,
+        body=model.body,
+        io=facts.io,
+        layers=model.plans,
+        timesteps=facts.time_table,
+        training_steps=facts.training_steps,
+    )
+    reports = run_passes(captured.model, default_passes(), context, dump_dir)
+    file = emit(captured.model, folder, target, facts.to_metadata())
+    return Lowered(file=file, facts=facts, passes=tuple(reports))
+
+
+def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:
+    """What the network will say about itself.
+
+    Raises:
+        RecipeError: the time table needs a schedule and the model has none.
+    """
+    recipe = model.recipe
+    training_steps = training_steps_of(model.loaded)
+    table: tuple[int, ...] | None
+    if recipe.time_embedding == "keep":
+        table = None
+    elif recipe.time_embedding == "all":
+        table = tuple(range(training_steps))
+    elif model.timesteps:
+        table = model.timesteps
+    else:
+        raise RecipeError(
+            "`time_embedding: steps` needs the timesteps of a schedule, and this model was quantized without one; "
+            "say `all` (one row per training timestep) or `keep` (leave the time layers in)"
+        )
+    scheduler = model.loaded.scheduler
+    return NetworkFacts(
+        model=model.loaded.name,
+        recipe=recipe.name,
+        recipe_digest=recipe.digest(),
+        target=target.name,
+        body=model.body,
+        scheduler="" if scheduler is None else type(scheduler).__name__,
+        training_steps=training_steps,
+        time_table=table,
+        scale_rows=model.timesteps if model.rows > 1 else (),
+        io=io_spec(model.loaded, recipe.shapes, model.body),
+    )

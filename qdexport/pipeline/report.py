@@ -1,0 +1,50 @@
+"""Writes ``report.html`` next to ``report.json``, from what the stages left in the output folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qdexport.core.results import Artifact, Plan
+from qdexport.models.sampling import prompts_for
+from qdexport.quant.attach import scales_by_layer
+from qdexport.report.html import ReportInputs, write_html
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qdexport.pipeline.workspace import Workspace
+    from qdexport.quant.attach import QuantizedModel
+
+__all__ = ["write_report"]
+
+_SHOWN_IMAGES = 12
+_COLUMNS = ("fp", "quantized", "onnx")
+
+
+def write_report(model: QuantizedModel, workspace: Workspace) -> Path:
+    """Writes the page and enters it in the manifest."""
+    folder = workspace.root / "images"
+    images = {
+        column: sorted((folder / column).glob("*.png"))[:_SHOWN_IMAGES]
+        for column in _COLUMNS
+        if (folder / column).is_dir()
+    }
+    validation = model.recipe.validation
+    plan = workspace.manifest.artifact("plan")
+    scales = scales_by_layer(model)
+    inputs = ReportInputs(
+        report=workspace.report,
+        recipe_yaml=model.recipe.to_yaml(),
+        images=images,
+        prompts=prompts_for(model.loaded, validation.images, validation.seed)[:_SHOWN_IMAGES] if images else [],
+        scales=scales,
+        timesteps=list(model.timesteps) if any(len(rows) > 1 for rows in scales.values()) else [],
+        plan=Plan.load(workspace.root / plan.path) if plan else None,
+        environment=workspace.manifest.environment,
+    )
+    path = workspace.root / "report.html"
+    write_html(path, inputs)
+    others = [item for item in workspace.manifest.artifacts if item.path != path.name]
+    workspace.manifest.artifacts = [*others, Artifact.of(workspace.root, path, "report", "report", {})]
+    workspace.save()
+    return path

@@ -1,0 +1,184 @@
+"""An output folder: its manifest, its report, its lock, and which stages are already done."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import filelock
+
+from qdexport import __version__
+from qdexport.core.files import tree_sha256
+from qdexport.core.results import Artifact, ArtifactKind, Manifest, Report, StageFacts
+from qdexport.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+__all__ = ["Made", "Workspace"]
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE, REPORT_FILE, LOCK_FILE = "manifest.json", "report.json", ".lock"
+_SECTIONS = {"build": ("engine",), "validate": ("parity", "coverage")}
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Something a stage wrote."""
+
+    kind: ArtifactKind
+    path: Path
+
+
+class Workspace:
+    """Finds finished stages again by the digests of their inputs, and records new ones.
+
+    Args:
+        root: the output folder.
+        manifest: what is there.
+        report: the results so far.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, report: Report) -> None:
+        self.root = root
+        self.manifest = manifest
+        self.report = report
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, root: Path, manifest: Manifest, report: Report) -> Iterator[Workspace]:
+        """Locks the folder, and continues from what an earlier run left there.
+
+        Args:
+            root: made when absent.
+            manifest: header of a new manifest; artifacts of an earlier one are taken over.
+            report: header of a new report; sections of an earlier one are taken over.
+
+        Raises:
+            OutputError: the folder cannot be written, or another process works in it.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(root / LOCK_FILE)
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise OutputError(f"another process is working in {root}; wait for it or choose another --out") from error
+        except OSError as error:
+            raise OutputError(f"cannot write {root}: {error.strerror}; choose another --out") from error
+        try:
+            yield cls(root, *_continued(root, manifest, report))
+        finally:
+            lock.release()
+            (root / LOCK_FILE).unlink(missing_ok=True)
+
+    def is_current(self, stage: str, inputs: Mapping[str, str]) -> bool:
+        """Whether a stage's artifacts and results are there, were made from these inputs, and are unchanged."""
+        if any(getattr(self.report, section) is None for section in _SECTIONS.get(stage, ())):
+            return False
+        made = [item for item in self.manifest.artifacts if item.stage == stage]
+        return bool(made) and all(
+            item.inputs == dict(inputs)
+            and (path := self.root / item.path).exists()
+            and tree_sha256(path) == item.sha256
+            for item in made
+        )
+
+    def run_stage(
+        self, stage: str, inputs: Mapping[str, str], work: Callable[[], Sequence[Made]], *, force: bool = False
+    ) -> bool:
+        """Does a stage unless it is current; returns whether it was found again.
+
+        The manifest is saved after each stage, so an interrupted run continues behind the last finished one.
+        """
+        if not force and self.is_current(stage, inputs):
+            known = self.report.stages.get(stage)
+            self.report.stages[stage] = StageFacts(
+                seconds=known.seconds if known else 0.0, peak_rss_mb=known.peak_rss_mb if known else 0.0, cached=True
+            )
+            logger.info("%s: unchanged, found again", stage)
+            return True
+        _reset_peak()
+        started = time.perf_counter()
+        made = work()
+        self.report.stages[stage] = StageFacts(
+            seconds=round(time.perf_counter() - started, 2), peak_rss_mb=round(_peak_mb(), 1), cached=False
+        )
+        self.record(stage, inputs, made)
+        return False
+
+    def record(self, stage: str, inputs: Mapping[str, str], made: Sequence[Made]) -> None:
+        """Enters what a stage wrote in place of what it had written before, and saves report and manifest."""
+        kept = [item for item in self.manifest.artifacts if item.stage != stage]
+        new = [Artifact.of(self.root, item.path, item.kind, stage, dict(inputs)) for item in made]
+        self.manifest.artifacts = kept + new
+        self.save()
+
+    def save(self) -> None:
+        """Writes report and manifest; the report's own digest in the manifest follows its contents."""
+        path = self.root / REPORT_FILE
+        self.report.save(path)
+        artifacts = [item for item in self.manifest.artifacts if item.path != REPORT_FILE]
+        artifacts.append(Artifact.of(self.root, path, "report", "report", {}))
+        self.manifest.artifacts = artifacts
+        self.manifest.save(self.root / MANIFEST_FILE)
+
+    def digest(self, kind: ArtifactKind) -> str:
+        """The digest of the artifact of a kind. Raises ``ModelError`` when there is none."""
+        item = self.manifest.artifact(kind)
+        if item is None:
+            raise ModelError(f"{self.root} holds no {kind} yet; run the stage that makes it, or `qdexport compile`")
+        return item.sha256
+
+    def path(self, kind: ArtifactKind) -> Path:
+        """Where the artifact of a kind is. Raises ``ModelError`` when there is none."""
+        item = self.manifest.artifact(kind)
+        if item is None or not (self.root / item.path).exists():
+            raise ModelError(f"{self.root} holds no {kind}; run the stage that makes it, or `qdexport compile`")
+        return self.root / item.path
+
+
+def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest, Report]:
+    path = root / MANIFEST_FILE
+    if not path.is_file():
+        _refuse_foreign(root)
+        return manifest, report
+    earlier = Manifest.load(path)
+    if earlier.tool_version == __version__:
+        manifest.artifacts = earlier.artifacts
+        if (root / REPORT_FILE).is_file():
+            old = Report.load(root / REPORT_FILE)
+            report = report.model_copy(
+                update={
+                    name: getattr(old, name) for name in ("quality", "coverage", "parity", "engine", "stages", "notes")
+                }
+            )
+    return manifest, report
+
+
+def _refuse_foreign(root: Path) -> None:
+    foreign = [item.name for item in root.iterdir() if not item.name.startswith(".")]
+    ours = {"checkpoint", "onnx", "engine", "images", "golden", REPORT_FILE, "report.html"}
+    unknown = sorted(set(foreign) - ours)
+    if unknown:
+        raise OutputError(f"{root} is not empty and no output folder of qdexport (it holds {unknown[0]}); choose another --out")
+
+
+def _reset_peak() -> None:
+    """Starts a new peak of resident memory; where Linux does not allow it, the peak is the process's own."""
+    with contextlib.suppress(OSError):
+        _CLEAR_REFS.write_text("5")
+
+
+def _peak_mb() -> float:
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
