@@ -1,0 +1,211 @@
+"""The tool that trains the shapes models: its parts, and one tiny run of every stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qdexport.core.progress import SilentProgress
+from qdexport.errors import ModelError
+from qdexport.models.shapes import bundled_model_path
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "train_shapes.py"
+
+if TYPE_CHECKING:
+    from shapes_training.settings import FitSettings
+
+
+@pytest.fixture(autouse=True)
+def tool_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `shapes_training` importable, as it is for the script beside it."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(TOOL), "--threads", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def tiny_settings() -> FitSettings:
+    from shapes_training.settings import FitSettings
+
+    return FitSettings(steps=6, batch=8, learning_rate=0.05, warmup=2, ema_decay=0.5, save_every=2)
+
+
+def line_loss(module: nn.Module, step: int, source: torch.Generator) -> Tensor:
+    """Least squares of y = 3 x - 1."""
+    del step
+    x = torch.randn(8, 1, generator=source)
+    return (module(x) - (3 * x - 1)).square().mean()
+
+
+def new_line() -> nn.Linear:
+    line = nn.Linear(1, 1)
+    nn.init.zeros_(line.weight)
+    nn.init.zeros_(line.bias)
+    return line
+
+
+class TestFit:
+    def test_learns_and_returns_a_frozen_average(self, tmp_path: Path) -> None:
+        from shapes_training.fitting import fit
+
+        settings = dataclasses.replace(tiny_settings(), steps=400, learning_rate=0.1, weight_decay=0.0)
+        average = fit(new_line(), line_loss, settings, tmp_path / "line.safetensors", SilentProgress())
+        # 400 Adam steps of a noiseless line: the remaining error is that of the last, small learning rate
+        assert average.weight.item() == pytest.approx(3.0, abs=0.02)
+        assert average.bias.item() == pytest.approx(-1.0, abs=0.02)
+        assert not average.weight.requires_grad
+        assert not average.training
+
+    def test_interrupted_run_ends_like_an_uninterrupted_one(self, tmp_path: Path) -> None:
+        from shapes_training.fitting import fit
+
+        straight = fit(new_line(), line_loss, tiny_settings(), tmp_path / "a.safetensors", SilentProgress())
+
+        def interrupted(module: nn.Module, step: int, source: torch.Generator) -> Tensor:
+            if step == 5:
+                raise KeyboardInterrupt
+            return line_loss(module, step, source)
+
+        file = tmp_path / "b.safetensors"
+        with pytest.raises(KeyboardInterrupt):
+            fit(new_line(), interrupted, tiny_settings(), file, SilentProgress())
+        resumed = fit(new_line(), line_loss, tiny_settings(), file, SilentProgress())
+        assert torch.equal(resumed.weight, straight.weight)
+        assert torch.equal(resumed.bias, straight.bias)
+
+    def test_finished_run_is_not_repeated(self, tmp_path: Path) -> None:
+        from shapes_training.fitting import fit
+
+        file = tmp_path / "line.safetensors"
+        first = fit(new_line(), line_loss, tiny_settings(), file, SilentProgress())
+
+        def never(module: nn.Module, step: int, source: torch.Generator) -> Tensor:
+            raise AssertionError(step, module, source)
+
+        again = fit(new_line(), never, tiny_settings(), file, SilentProgress())
+        assert torch.equal(first.weight, again.weight)
+
+    def test_foreign_checkpoints_are_refused(self, tmp_path: Path) -> None:
+        from shapes_training.fitting import fit
+
+        file = tmp_path / "line.safetensors"
+        fit(new_line(), line_loss, tiny_settings(), file, SilentProgress())
+        other = dataclasses.replace(tiny_settings(), seed=9)
+        with pytest.raises(ModelError, match="other settings"):
+            fit(new_line(), line_loss, other, file, SilentProgress())
+        with pytest.raises(ModelError, match="another network"):
+            fit(nn.Linear(2, 1), line_loss, tiny_settings(), file, SilentProgress())
+        file.write_bytes(b"half a file")
+        with pytest.raises(ModelError, match="damaged"):
+            fit(new_line(), line_loss, tiny_settings(), file, SilentProgress())
+
+    def test_divergence_is_an_error(self, tmp_path: Path) -> None:
+        from shapes_training.fitting import fit
+
+        def broken(module: nn.Module, step: int, source: torch.Generator) -> Tensor:
+            return line_loss(module, step, source) * (torch.inf if step == 3 else 1.0)
+
+        with pytest.raises(ModelError, match="inf at step 3; lower its learning rate"):
+            fit(new_line(), broken, tiny_settings(), tmp_path / "line.safetensors", SilentProgress())
+
+
+class TestNetworks:
+    def test_tokenizer_is_that_of_the_bundled_model(self) -> None:
+        from shapes_training.networks import build_tokenizer
+        from transformers import CLIPTokenizer
+
+        built, bundled = (
+            build_tokenizer(),
+            CLIPTokenizer.from_pretrained(bundled_model_path("shapes") / "tokenizer"),
+        )
+        assert built.get_vocab() == bundled.get_vocab()
+        text = "a purple triangle right of a yellow cross on a brown background"
+        assert built(text).input_ids == bundled(text).input_ids[: len(built(text).input_ids)]
+        # BOS, one token a word, EOS
+        assert len(built(text).input_ids) == len(text.split()) + 2
+
+    @pytest.mark.parametrize("part", ["unet", "vae", "scheduler"])
+    def test_configurations_are_those_of_the_bundled_model(self, part: str) -> None:
+        from shapes_training import networks
+
+        folder = bundled_model_path("shapes") / part
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        bundled = json.loads((folder / name).read_text())
+        scale = {"scaling_factor": bundled["scaling_factor"]} if part == "vae" else {}
+        built = getattr(networks, f"build_{part}")(**scale)
+        assert json.loads(built.to_json_string()) == bundled
+
+
+class TestConsistency:
+    def test_estimate_is_what_the_scheduler_computes(self) -> None:
+        from shapes_training.networks import build_turbo_scheduler
+        from shapes_training.trajectories import Consistency
+
+        class Echo(nn.Module):
+            """Predicts half of its input as noise."""
+
+            def forward(self, latents: Tensor, time: Tensor, text: Tensor) -> object:
+                del time, text
+                return type("Out", (), {"sample": 0.5 * latents})
+
+        latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        consistency = Consistency(build_turbo_scheduler(), 4)
+        assert consistency.timesteps == [999, 759, 499, 259]
+        for time in consistency.timesteps:
+            scheduler = build_turbo_scheduler()
+            scheduler.set_timesteps(4)
+            expected = scheduler.step(0.5 * latents, time, latents).denoised
+            got = consistency.clean(Echo(), latents, torch.full((3,), time), torch.zeros(3, 16, 64))
+            # the same float32 formula; at 999 it divides by 0.07, which amplifies one rounding
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_resumes(tmp_path: Path) -> None:
+    base, turbo = tmp_path / "base", tmp_path / "turbo"
+    trained = run_tool("base", str(base), "--smoke")
+    assert trained.returncode == 0, trained.stderr
+    assert (base / "evaluator" / "model.safetensors").is_file()
+    distilled = run_tool("distil", str(turbo), "--teacher", str(base), "--smoke")
+    assert distilled.returncode == 0, distilled.stderr
+    assert json.loads((turbo / "model_index.json").read_text())["scheduler"] == ["diffusers", "LCMScheduler"]
+    measured = run_tool(
+        "measure", str(turbo), "--steps", "2", "--guidance", "1", "--images", "4", "--real", "10"
+    )
+    assert measured.returncode == 0, measured.stderr
+    # random networks: nothing to say about the values but that they are there and in range
+    result = json.loads(measured.stdout)
+    assert 0.0 <= result["alignment"] <= result["attributes"] <= 1.0
+    assert result["frechet"] >= 0.0
+
+    damaged = tmp_path / "turbo.work" / "paths" / "from-noise" / "00000.safetensors"
+    damaged.write_bytes(b"cut off")
+    refused = run_tool("distil", str(turbo), "--teacher", str(base), "--smoke")
+    assert refused.returncode == ModelError.exit_code
+    assert "delete it" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_help_has_examples() -> None:
+    for command in ("base", "distil", "measure"):
+        shown = run_tool(command, "--help")
+        assert shown.returncode == 0
+        assert f"\n    python tools/train_shapes.py {command} " in shown.stdout
+
+
+def test_wrong_usage_ends_with_code_2() -> None:
+    assert run_tool("distil").returncode == 2
+    assert run_tool("measure", "no-such-folder").returncode == 2

@@ -1,0 +1,1 @@
+"""Trains the bundled shapes models from nothing: the stages behind tools/train_shapes.py."""
