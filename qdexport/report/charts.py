@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qdexport.report.facts import MAX_CODE_FLIP_RATE, decibel, number, rate
+from qdexport.report.facts import IDENTICAL_DB, MAX_CODE_FLIP_RATE, decibel, number, rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,6 @@ __all__ = ["Chart", "error_charts", "flip_chart", "scale_chart", "sqnr_chart"]
 _WIDTH = 960.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 944.0, 16.0, 250.0
 _CHARACTER = 6.4  # width of one character of an axis label
-_IDENTICAL_DB = 999.0
 _WORDS = {
     "mse": "MSE",
     "rmse": "RMSE",
@@ -129,13 +128,13 @@ def sqnr_chart(layers: Sequence[LayerParity], limit: float) -> Chart | None:
     """SQNR of every layer's output as stems, with the smallest allowed value; None without layers."""
     if not layers:
         return None
-    finite = [layer.sqnr_db for layer in layers if layer.sqnr_db < _IDENTICAL_DB]
+    finite = [layer.sqnr_db for layer in layers if layer.sqnr_db < IDENTICAL_DB]
     same = len(layers) - len(finite)
     top = _TOP + 24 if same else _TOP
     axis = _Axis(min([*finite, limit]) - 8, max([*finite, limit]) + 4, log=False, top=top)
     marks = []
     for x, layer in zip(_places(len(layers)), layers, strict=True):
-        y = axis.at(layer.sqnr_db) if layer.sqnr_db < _IDENTICAL_DB else _TOP + 6
+        y = axis.at(layer.sqnr_db) if layer.sqnr_db < IDENTICAL_DB else _TOP + 6
         tone = "ok" if layer.sqnr_db >= limit else "bad"
         marks.append(Mark(x, y, f"{layer.name}: {decibel(layer.sqnr_db)}", tone))
     lane = (Tick(_TOP + 6, "identical"),) if same else ()

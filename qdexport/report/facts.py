@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOOR_SLACK_DB",
+    "IDENTICAL_DB",
     "MAX_CODE_FLIP_RATE",
     "MIN_LAYER_SQNR_DB",
     "NARROW",
@@ -46,7 +47,7 @@ NARROW = frozenset({"int8", "int4", "fp8", "nvfp4"})
 MIN_LAYER_SQNR_DB = {"fp32": 100.0, "fp16": 60.0}
 MAX_CODE_FLIP_RATE = 1e-4
 FLOOR_SLACK_DB = 1.0
-_IDENTICAL_DB = 999.0
+IDENTICAL_DB = 999.0
 
 RTX_CAVEAT = (
     "An INT8 kernel in a TensorRT-RTX plan is no proof of speed. NVIDIA's support matrices for TensorRT-RTX "
@@ -97,8 +98,8 @@ def verdict(report: Report) -> Verdict:
 def problems(report: Report) -> list[str]:
     """Everything that makes a report fail.
 
-    These are the reasons of the parity check, layers that are not as planned, and planned layers on which parity
-    was not measured.
+    These are the reasons of the parity check, layers that are not as planned, and quantized layers on which
+    parity was not measured.
     """
     found = []
     if report.parity is not None and report.parity.verdict == "fail":
@@ -120,7 +121,7 @@ def problems(report: Report) -> list[str]:
 
 
 def agrees(planned: str, found: str) -> bool:
-    """Whether a layer is what was planned; INT4 weights may be computed in INT8, FP layers may be anything."""
+    """Whether a layer is as planned: INT4 weights may be computed in INT8, and FP layers may be anything."""
     return planned not in NARROW or found == planned or (planned, found) == ("int4", "int8")
 
 
@@ -149,10 +150,10 @@ def coverage_counts(coverage: Coverage) -> tuple[int, int, int | None]:
 
 
 def weakest(parity: Parity) -> tuple[LayerParity | None, LayerParity | None]:
-    """The layer with the most differing activation or weight codes, and the one with the smallest SQNR."""
+    """The layer with the worst flips, and the one with the smallest SQNR; weights that differ come first."""
     if not parity.layers:
         return None, None
-    flips = max(parity.layers, key=lambda layer: max(layer.code_flip_rate, layer.weight_flip_rate))
+    flips = max(parity.layers, key=lambda item: (item.weight_flip_rate, item.code_flip_rate))
     return flips, min(parity.layers, key=lambda layer: layer.sqnr_db)
 
 
@@ -184,7 +185,7 @@ def other_kinds(coverage: Coverage) -> str:
 
 def decibel(value: float) -> str:
     """A ratio in dB; identical tensors have no noise."""
-    return "identical" if value >= _IDENTICAL_DB else f"{value:.1f} dB"
+    return "identical" if value >= IDENTICAL_DB else f"{value:.1f} dB"
 
 
 def rate(value: float) -> str:
@@ -292,7 +293,7 @@ def _parity_headlines(parity: Parity, limit: float) -> list[Headline]:
         )
     whole = parity.end_to_end
     margin = whole.sqnr_db - whole.noise_floor_db
-    beside = "" if whole.sqnr_db >= _IDENTICAL_DB else f"; this is {_compared(margin)}"
+    beside = "" if whole.sqnr_db >= IDENTICAL_DB else f"; this is {_compared(margin)}"
     made.append(
         Headline(
             label="End to end, one call",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ReportInputs", "write_html"]
 
 _MOST_ROWS = 12
+_LARGEST_GRID = 1600
 _NOTHING_OUTSIDE = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 )
@@ -108,7 +109,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "problems": facts.problems(report),
         "rtx_caveat": facts.RTX_CAVEAT if report.target == "tensorrt-rtx" else "",
         "rows": _picture_rows(inputs),
-        "grid": pictures.thumbnail(inputs.grid_png) if inputs.grid_png and not inputs.images else None,
+        "grid": _grid(inputs),
         "gain": pictures.DIFFERENCE_GAIN,
         "quality": tables.quality_rows(report.quality) if report.quality else [],
         "error_charts": charts.error_charts(report.quality.error_per_step) if report.quality else [],
@@ -125,6 +126,12 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "environment": inputs.environment,
         **_scales(inputs),
     }
+
+
+def _grid(inputs: ReportInputs) -> pictures.Thumbnail | None:
+    if inputs.grid_png is None or inputs.images:
+        return None
+    return pictures.thumbnail(inputs.grid_png, _LARGEST_GRID)
 
 
 def _scales(inputs: ReportInputs) -> dict[str, Any]:

@@ -121,18 +121,20 @@ def image_grid(
             sheet.paste(picture, (caption + column * (width + gap), top))
     for column, name in enumerate(columns):
         place = caption + column * (width + gap) + width / 2
-        draw.text((place, head / 2), label_of(name), fill=_INK, font=bold, anchor="mm")
+        label = label_of(name)
+        font = _font(max(8, min(15, int(15 * width / draw.textlength(label, font=bold)))), bold=True)
+        draw.text((place, head / 2), label, fill=_INK, font=font, anchor="mm")
     with atomic_path(path) as partial:
         sheet.save(partial, format="PNG", optimize=True)
 
 
-def thumbnail(image: Path | Image.Image) -> Thumbnail:
-    """Prepares a picture for the page: small ones exactly as PNG, large ones reduced as JPEG."""
+def thumbnail(image: Path | Image.Image, largest: int = _LARGEST) -> Thumbnail:
+    """Prepares a picture for the page: small ones as exact PNG, others as JPEG within ``largest`` pixels."""
     picture = image if isinstance(image, Image.Image) else Image.open(image)
     picture = picture.convert("RGB")
     small = max(picture.size) <= _SMALL
     if not small:
-        picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+        picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     if small:
         picture.save(stream, format="PNG", optimize=True)

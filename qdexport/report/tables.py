@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qdexport.report.facts import agrees, decibel, duration, number, rate
+from qdexport.report.facts import IDENTICAL_DB, agrees, decibel, duration, number, rate
 
 if TYPE_CHECKING:
     from qdexport.core.results import KernelFact, Plan, Quality, Report, StageFacts
@@ -16,7 +16,7 @@ __all__ = ["Bar", "LayerRow", "QualityRow", "kernel_bars", "layer_rows", "qualit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerRow:
-    """One layer of the coverage table; ``*_key`` are what the browser sorts by."""
+    """One layer of the coverage table; ``*_key`` are what the browser sorts by, None when not measured."""
 
     name: str
     bits: str
@@ -25,9 +25,9 @@ class LayerRow:
     engine: str
     agrees: bool
     sqnr: str
-    sqnr_key: float
+    sqnr_key: float | None
     flips: str
-    flips_key: float
+    flips_key: float | None
     kernels: tuple[KernelFact, ...]
     kernel_summary: str
     why: str
@@ -52,6 +52,7 @@ class Bar:
     value: str
     share: float
     note: str = ""
+    faded: bool = False
 
 
 _SCORES = (
@@ -90,7 +91,7 @@ def layer_rows(report: Report, plan: Plan | None) -> list[LayerRow]:
         measured = parity.get(name) or parity.get(base)
         bits = coverage.bits.get(name) or coverage.bits.get(base) or []
         ran = kernels.get(name) or kernels.get(base) or []
-        flips = max(measured.code_flip_rate, measured.weight_flip_rate) if measured else -1.0
+        flips = max(measured.code_flip_rate, measured.weight_flip_rate) if measured else None
         rows.append(
             LayerRow(
                 name=name,
@@ -100,8 +101,8 @@ def layer_rows(report: Report, plan: Plan | None) -> list[LayerRow]:
                 engine=engine,
                 agrees=agrees(planned, onnx) and (not coverage.engine or agrees(planned, engine)),
                 sqnr=decibel(measured.sqnr_db) if measured else "",
-                sqnr_key=measured.sqnr_db if measured else 1e9,
-                flips=rate(flips) if measured else "",
+                sqnr_key=min(measured.sqnr_db, IDENTICAL_DB) if measured else None,
+                flips=rate(flips) if flips is not None else "",
                 flips_key=flips,
                 kernels=tuple(ran),
                 kernel_summary=_summary(ran),
@@ -127,6 +128,7 @@ def stage_bars(stages: dict[str, StageFacts]) -> list[Bar]:
             duration(facts.seconds),
             100 * facts.seconds / longest,
             "found again, not run" if facts.cached else f"peak {facts.peak_rss_mb:.0f} MB",
+            facts.cached,
         )
         for name, facts in stages.items()
     ]

@@ -64,7 +64,9 @@ def report(layer_names: list[str]) -> Report:
     quantized = [name for name in layer_names if planned[name] == "int8"]
     flips = np.where(noise.random(len(quantized)) < 0.2, noise.random(len(quantized)) * 4e-5, 0.0)
     layers = [
-        LayerParity(name=name, sqnr_db=float(132 + 6 * noise.standard_normal()), code_flip_rate=float(flip), steps=3)
+        LayerParity(
+            name=name, sqnr_db=float(132 + 6 * noise.standard_normal()), code_flip_rate=float(flip), steps=3
+        )
         for name, flip in zip(quantized, flips, strict=True)
     ]
     layers[3].sqnr_db = float("inf")
@@ -100,7 +102,10 @@ def report(layer_names: list[str]) -> Report:
             onnx=dict(planned),
             engine=dict(planned),
             bits={name: [8, 8] for name in quantized},
-            why={name: "rule 0: *" if planned[name] == "int8" else "depends on the timestep alone" for name in planned},
+            why={
+                name: "rule 0: *" if planned[name] == "int8" else "depends on the timestep alone"
+                for name in planned
+            },
             macs_planned_share=0.987,
         ),
         parity=Parity(
@@ -139,7 +144,9 @@ def plan(layer_names: list[str]) -> Plan:
     kernels = []
     for index, name in enumerate(layer_names):
         kind = "correlation" if "conv" in name else "gemm"
-        for offset, (kernel, made) in enumerate([(f"__myl_MulMinMaxRounCast_myl0_{3 * index}", "kgen"), (kind, kind)]):
+        for offset, (kernel, made) in enumerate(
+            [(f"__myl_MulMinMaxRounCast_myl0_{3 * index}", "kgen"), (kind, kind)]
+        ):
             kernels.append(
                 KernelFact(
                     index=3 * index + offset,
@@ -173,7 +180,9 @@ def images(tmp_path: Path) -> dict[str, list[Path]]:
 def inputs(report: Report, plan: Plan, images: dict[str, list[Path]]) -> ReportInputs:
     """Everything a page can show."""
     noise = np.random.default_rng(SEED)
-    narrow = [name for name, kind in report.coverage.planned.items() if kind == "int8"] if report.coverage else []
+    narrow = (
+        [name for name, kind in report.coverage.planned.items() if kind == "int8"] if report.coverage else []
+    )
     scales = {}
     for name in narrow:
         level, drift = 10 ** noise.uniform(-2.3, -0.7), noise.uniform(-1.2, 1.2)
@@ -187,5 +196,10 @@ def inputs(report: Report, plan: Plan, images: dict[str, list[Path]]) -> ReportI
         scales=scales,
         timesteps=[961 - 40 * step for step in range(STEPS)],
         plan=plan,
-        environment={"python": "3.11.7", "onnxruntime": "1.31.1", "tensorrt-rtx": "1.7.1.116", "cpu_count": "2"},
+        environment={
+            "python": "3.11.7",
+            "onnxruntime": "1.31.1",
+            "tensorrt-rtx": "1.7.1.116",
+            "cpu_count": "2",
+        },
     )

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+
+from qdexport.core.results import Report
+from qdexport.report import facts
+
+
+def test_a_good_report_passes(report: Report) -> None:
+    verdict = facts.verdict(report)
+    assert verdict.word == "pass"
+    assert (
+        "All 56 layers planned in INT8 are INT8 in the ONNX file and in the compiled plan."
+        in verdict.sentence
+    )
+    assert [item.tone for item in facts.headlines(report)] == ["ok", "plain", "ok", "ok", "plain"]
+
+
+def test_a_layer_that_is_not_as_planned_fails_even_when_unnamed(report: Report) -> None:
+    assert report.coverage is not None
+    report.coverage.engine["conv_in"] = "fp16"
+    assert facts.problems(report) == ["1 of 56 layers are not in the planned type in the compiled plan"]
+    assert facts.verdict(report).word == "fail"
+    assert facts.headlines(report)[0].tone == "bad"
+
+
+def test_a_layer_without_parity_fails(report: Report) -> None:
+    assert report.parity is not None
+    gone = report.parity.layers.pop()
+    assert facts.problems(report) == [f"parity was not measured on 1 quantized layers: {gone.name}"]
+
+
+def test_a_split_layer_is_measured_under_its_own_name(report: Report) -> None:
+    assert report.coverage is not None
+    for column in (report.coverage.planned, report.coverage.onnx, report.coverage.engine):
+        del column["conv_in"]
+        column |= {"conv_in#0": "int8", "conv_in#1": "int8"}
+    assert facts.problems(report) == []
+
+
+def test_parity_that_fails_gives_its_reasons(report: Report) -> None:
+    assert report.parity is not None
+    report.parity.verdict, report.parity.reasons = "fail", ["layer x flips 3e-2 of its codes", "another"]
+    verdict = facts.verdict(report)
+    assert verdict.word == "fail"
+    assert verdict.sentence == "layer x flips 3e-2 of its codes (and 1 more, below)"
+
+
+def test_nothing_is_claimed_without_parity(report: Report) -> None:
+    report.parity = None
+    assert facts.verdict(report).word == "not checked"
+
+
+def test_numbers_that_fall_short_are_marked(report: Report) -> None:
+    assert report.parity is not None
+    report.parity.layers[0].weight_flip_rate = 1e-6  # weights may not differ at all
+    report.parity.end_to_end.sqnr_db = report.parity.end_to_end.noise_floor_db - 1.5
+    tones = {item.label: item.tone for item in facts.headlines(report)}
+    assert tones["Code flips, worst layer"] == "bad"
+    assert tones["End to end, one call"] == "bad"
+
+
+def test_int4_weights_may_compute_in_int8() -> None:
+    assert facts.agrees("int4", "int8")
+    assert not facts.agrees("int8", "int4")
+    assert not facts.agrees("int8", "-")
+    assert facts.agrees("fp32", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (14_300_000, "14.3 MB"), (2_500_000_000, "2.5 GB"), (1_500, "1.5 kB")],
+)
+def test_size(value: int, text: str) -> None:
+    assert facts.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.02, "20 ms"), (9.31, "9.3 s"), (124, "2 min 4 s"), (7260, "2 h 1 min")]
+)
+def test_duration(value: float, text: str) -> None:
+    assert facts.duration(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (3.1e-4, "3.1e-4"), (0.91, "0.91"), (240.7, "241"), (0.0, "0"), (2e7, "2e7")],
+)
+def test_number(value: float | None, text: str) -> None:
+    assert facts.number(value) == text
+
+
+def test_ratios() -> None:
+    assert facts.decibel(999.0) == facts.decibel(float("inf")) == "identical"
+    assert facts.decibel(71.44) == "71.4 dB"
+    assert facts.rate(0.0) == "0"
+    assert facts.rate(2.1e-5) == "2.1e-5"
