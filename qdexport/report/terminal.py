@@ -29,7 +29,7 @@ def summary(report: Report, console: Console, folder: Path | None = None) -> Non
     Args:
         report: the machine-readable results; only the stages that ran are shown.
         console: where to print.
-        folder: the output folder, to say where to look next.
+        folder: the output folder, to say where to look next when it holds a page.
     """
     verdict = facts.verdict(report)
     body = f", {report.body} body" if report.body else ""
@@ -44,7 +44,7 @@ def summary(report: Report, console: Console, folder: Path | None = None) -> Non
     table.add_column(overflow="fold")
     for name, line in _lines(report):
         table.add_row(name, _plain(line, console))
-    if folder is not None:
+    if folder is not None and (folder / "report.html").is_file():
         table.add_row("see", Text(str(folder / "report.html"), style="bold"))
     console.print()
     console.print(_plain(head, console))

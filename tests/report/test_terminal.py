@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from qdexport.core.results import Report
@@ -25,7 +26,11 @@ def shown(
     return raw.getvalue().decode(encoding)
 
 
-def test_ten_seconds_are_enough(report: Report) -> None:
+def test_ten_seconds_are_enough(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    assert "report.html" not in shown(report, Path("out"))
+    Path("out/report.html").touch()
     text = shown(report, Path("out"))
     assert "\x1b" not in text
     lines = text.splitlines()
