@@ -1,0 +1,60 @@
+"""``qdexport sample``: makes images with a model, its quantized version, or the compiled ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qdexport.cli.console import make_progress
+from qdexport.cli.options import common
+from qdexport.errors import ModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["sample"]
+
+
+@click.command(epilog="""\b
+Examples:
+  qdexport sample shapes --prompt "a red circle on a white background"
+  qdexport sample out --with fp --with quantized --with onnx --count 4 --out pictures
+""")
+@click.argument("source", metavar="MODEL_OR_OUT")
+@click.option("--prompt", "prompts", multiple=True, help="Repeatable; default: prompts that suit the model.")
+@click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images, when no prompt is given.")
+@click.option("--with", "kinds", multiple=True, type=click.Choice(["fp", "quantized", "onnx"]),
+              help="Which denoisers; default: fp for a model, quantized and onnx for an output folder.")
+@click.option("--steps", type=click.IntRange(1), help="Sampler steps; default: the model's or the recipe's.")
+@click.option("--guidance-scale", type=float, help="Classifier-free guidance; default: the model's.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Noise of image i comes from seed + i.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("pictures"), show_default=True,
+              help="Folder for the PNG files.")
+@common
+def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, ...], **options: Any) -> None:
+    """Sample images from a model, or side by side from an output folder of `qdexport compile`."""
+    import json
+
+    from qdexport.models.sampling import SampleRequest, prompts_for
+    from qdexport.pipeline.sampling import open_denoisers, save_images
+
+    progress = make_progress(options["verbose"], options["as_json"])
+    denoisers = open_denoisers(source, kinds)
+    texts = prompts or tuple(prompts_for(denoisers.loaded, count, options["seed"])) or ("",) * count
+    request = SampleRequest(
+        prompts=texts, seed=options["seed"], steps=options["steps"] or denoisers.steps,
+        guidance_scale=options["guidance_scale"],
+    )
+    images: dict[str, np.ndarray] = {}
+    for kind in denoisers.kinds:
+        with progress.stage(f"sampling with {kind}"):
+            images[kind] = denoisers.sample(kind, request)
+    paths = save_images(options["out"], images, list(texts))
+    if options["as_json"]:
+        click.echo(json.dumps({"prompts": list(texts), "images": [str(path) for path in paths]}))
+    elif not paths:
+        raise ModelError("nothing was sampled")
+    else:
+        click.echo(f"{len(paths)} files in {options['out']}, the grid is {paths[-1]}")

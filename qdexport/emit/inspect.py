@@ -1,0 +1,83 @@
+"""Facts about any ONNX file, ours or not, without reading its weights."""
+
+from __future__ import annotations
+
+import collections
+from typing import TYPE_CHECKING, Any
+
+import google.protobuf.message
+import onnx_ir as ir
+
+from qdexport.core.network_facts import METADATA_KEY, NetworkFacts
+from qdexport.errors import ModelError
+from qdexport.graph.query import COMPUTE_OPS, const_or_none
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["load_onnx", "onnx_facts"]
+
+
+def load_onnx(path: Path) -> ir.Model:
+    """Reads an ONNX file; external weights stay on disk.
+
+    Raises:
+        ModelError: the file is absent or no ONNX file.
+    """
+    try:
+        model = ir.load(path)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist") from error
+    except (google.protobuf.message.DecodeError, ValueError) as error:
+        raise ModelError(f"{path} is not an ONNX file, or is truncated: {error}") from error
+    if len(model.graph) == 0:
+        raise ModelError(f"{path} is not an ONNX file, or is truncated: it holds no graph")
+    return model
+
+
+def onnx_facts(path: Path) -> dict[str, Any]:
+    """Inputs, outputs, operators, stored bytes by type, and the weighted layers of an ONNX file.
+
+    Raises:
+        ModelError: the file is absent or no ONNX file.
+    """
+    model = load_onnx(path)
+    stored: collections.Counter[str] = collections.Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            stored[str(value.const_value.dtype)] += value.const_value.nbytes
+    facts: dict[str, Any] = {
+        "kind": "ONNX file",
+        "file_bytes": path.stat().st_size,
+        "producer": f"{model.producer_name or 'unknown'} {model.producer_version or ''}".strip(),
+        "opsets": {domain or "ai.onnx": version for domain, version in model.graph.opset_imports.items()},
+        "inputs": {value.name or "": f"{value.dtype}{value.shape}" for value in model.graph.inputs},
+        "outputs": {value.name or "": f"{value.dtype}{value.shape}" for value in model.graph.outputs},
+        "nodes": len(model.graph),
+        "operators": dict(collections.Counter(node.op_type for node in model.graph).most_common()),
+        "weight_bytes": dict(stored),
+        "layers": _layers(model),
+    }
+    if METADATA_KEY in model.metadata_props:
+        ours = NetworkFacts.from_metadata(model.metadata_props, str(path))
+        facts |= {"model": ours.model, "recipe": ours.recipe, "target": ours.target, "body": ours.body}
+        facts["time_table"] = "in the network" if ours.time_table is None else f"{len(ours.time_table)} timesteps"
+        facts["scale_rows"] = len(ours.scale_rows) or "static"
+    return facts
+
+
+def _layers(model: ir.Model) -> list[dict[str, Any]]:
+    """Convolutions and products with constant weights: name, stored type, shape."""
+    layers = []
+    for node in model.graph:
+        if node.op_type not in COMPUTE_OPS:
+            continue
+        source = node.inputs[1]
+        while source is not None and const_or_none(source) is None:
+            producer = source.producer()
+            source = producer.inputs[0] if producer is not None and producer.inputs else None
+            if producer is not None and producer.op_type not in {"DequantizeLinear", "Cast", "Transpose", "Reshape"}:
+                source = None
+        if source is not None:
+            layers.append({"name": node.name or "", "weight": str(source.dtype), "shape": str(source.shape)})
+    return layers

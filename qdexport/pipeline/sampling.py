@@ -1,0 +1,105 @@
+"""Samples with whatever denoisers an output folder, or a plain model, has to offer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from qdexport.check.onnx_denoiser import OnnxDenoiser
+from qdexport.core.files import atomic_path
+from qdexport.core.results import Manifest
+from qdexport.errors import ModelError
+from qdexport.models.load import load_model
+from qdexport.models.sampling import sample, schedule
+from qdexport.quant.checkpoint import load_quantized
+from qdexport.report.pictures import image_grid, to_uint8
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from qdexport.models.loaded import LoadedModel
+    from qdexport.models.sampling import SampleRequest
+
+__all__ = ["Denoisers", "open_denoisers", "save_image", "save_images"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denoisers:
+    """What can be sampled with.
+
+    Attributes:
+        loaded: the floating-point model with its pipeline.
+        by_kind: denoisers that stand in for the pipeline's own; ``fp`` is None, its own.
+        steps: sampler steps that the recipe was calibrated with; None for the model's own.
+    """
+
+    loaded: LoadedModel
+    by_kind: Mapping[str, Any]
+    steps: int | None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the denoisers."""
+        return tuple(self.by_kind)
+
+    def sample(self, kind: str, request: SampleRequest) -> np.ndarray:
+        """Images ``[N, 3, H, W]`` in [-1, 1].
+
+        Raises:
+            ModelError: the schedule has timesteps that the network's tables lack.
+        """
+        denoiser = self.by_kind[kind]
+        if isinstance(denoiser, OnnxDenoiser):
+            denoiser.facts.check_timesteps(schedule(self.loaded, request.steps))
+        return sample(self.loaded, request, denoiser=denoiser)
+
+
+def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
+    """Opens a model, or an output folder of ``qdexport compile``.
+
+    Raises:
+        ModelError: a denoiser was asked for that is not there.
+    """
+    folder = Path(source)
+    if not (folder / "manifest.json").is_file():
+        others = [kind for kind in kinds if kind != "fp"]
+        if others:
+            raise ModelError(f"{source} is no output folder of qdexport, so it has no {others[0]} denoiser; compile it first")
+        return Denoisers(loaded=load_model(source), by_kind={"fp": None}, steps=None)
+    quantized = load_quantized(folder / "checkpoint")
+    available: dict[str, Any] = {"fp": None, "quantized": quantized.denoiser}
+    file = Manifest.load(folder / "manifest.json").artifact("onnx")
+    wanted = kinds or ("quantized", *(("onnx",) if file else ()))
+    if "onnx" in wanted:
+        if file is None:
+            raise ModelError(f"{folder} holds no ONNX file; run `qdexport export {folder}`")
+        available["onnx"] = OnnxDenoiser(folder / file.path, quantized.loaded.denoiser)
+    return Denoisers(
+        loaded=quantized.loaded,
+        by_kind={kind: available[kind] for kind in wanted},
+        steps=quantized.recipe.calibration.steps,
+    )
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Writes one image ``[3, H, W]`` in [-1, 1] as PNG."""
+    with atomic_path(path) as partial:
+        Image.fromarray(to_uint8(image)).save(partial, format="PNG")
+
+
+def save_images(folder: Path, images: Mapping[str, np.ndarray], prompts: list[str]) -> list[Path]:
+    """Writes ``kind/NNN.png`` for every image, and ``grid.png`` with all kinds side by side, which comes last."""
+    paths = []
+    for kind, batch in images.items():
+        for index, image in enumerate(batch):
+            path = folder / kind / f"{index:03d}.png"
+            save_image(path, image)
+            paths.append(path)
+    grid = folder / "grid.png"
+    image_grid({kind: list(batch) for kind, batch in images.items()}, prompts, grid)
+    return [*paths, grid]
