@@ -312,12 +312,11 @@ def _compared(margin: float) -> str:
 
 
 def _engine_headline(engine: EngineFacts) -> Headline:
-    baseline = (
-        "" if engine.kernels_fp_baseline is None else f" ({engine.kernels_fp_baseline} without quantization)"
-    )
+    compute = f"{engine.int8_compute} INT8 and {engine.fp_compute} FP convs and gemms"
+    baseline = engine.kernels_fp_baseline
+    plain = "" if baseline is None else f"; without quantization {baseline} kernels"
     return Headline(
         label="Kernels in the engine",
         value=str(engine.kernels),
-        note=f"{engine.int8_compute} INT8 and {engine.fp_compute} FP convs and gemms, "
-        f"{engine.attention_kernels} attention; {size(engine.bytes)}{baseline}",
+        note=f"{compute}, {engine.attention_kernels} attention; {size(engine.bytes)}{plain}",
     )
