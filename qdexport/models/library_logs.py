@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 __all__ = ["quiet_libraries"]
@@ -12,8 +13,8 @@ __all__ = ["quiet_libraries"]
 def quiet_libraries(*, progress_bars: bool = False) -> Iterator[None]:
     """Lets diffusers and transformers log errors only; their settings come back after the block.
 
-    What they would warn about while loading (a missing safety checker, weights that are not in the file) is
-    either wanted or checked by qdexport itself.
+    What they warn about while loading (a missing safety checker, outdated scheduler settings that they
+    mend) is wanted, or checked by qdexport itself.
 
     Args:
         progress_bars: Whether their progress bars stay (for downloads).
@@ -29,7 +30,9 @@ def quiet_libraries(*, progress_bars: bool = False) -> Iterator[None]:
             library.set_verbosity_error()
         for library in hidden:
             library.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for library, level in zip(libraries, levels, strict=True):
             library.set_verbosity(level)

@@ -72,6 +72,7 @@ def load_model(
     component = _denoiser_component(folder, index)
     if not (folder / component).is_dir():
         raise ModelError(_missing_component(folder, component))
+    find_weights(folder / component, variant)  # a wrong variant is wrong here first: the others may lack it
     others = [
         (part, entry) for part, entry in index.items() if _is_component(part, entry) and part != component
     ]

@@ -130,8 +130,8 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str], first: Excep
 
 
 def _hub_message(repo: str, revision: str | None, error: BaseException) -> str:
-    if _cause(error, HFValidationError) is not None:
-        return f"{repo!r} is neither a folder nor a hub id: {_first_line(error)}"
+    if (illegal := _cause(error, HFValidationError)) is not None:
+        return f"{repo!r} is neither a folder nor a hub id: {_first_line(illegal)}"
     if _cause(error, GatedRepoError) is not None:
         return f"{repo} is gated: accept its licence on the hub and log in with `hf auth login`"
     if _cause(error, RevisionNotFoundError) is not None:
@@ -152,9 +152,11 @@ def _hub_message(repo: str, revision: str | None, error: BaseException) -> str:
 
 def _cause(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
     """The first of these errors in the chain of causes: diffusers wraps what the hub raises."""
-    while error is not None:
+    seen: set[int] = set()  # chains of contexts can be circular
+    while error is not None and id(error) not in seen:
         if isinstance(error, kinds):
             return error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
 
