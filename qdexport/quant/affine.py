@@ -70,6 +70,6 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def fake_quantize_reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     """Quantizes and dequantizes with broadcasting parameters; the result has the dtype of ``x``."""
-    # in place: a second buffer costs more than the two passes that bounds shifted by the zero point would spare
+    # in place: bounds shifted by the zero point would spare two passes, but tensor bounds cost more
     codes = quantize_codes(x, scale, zero_point, qmin, qmax)
     return codes.sub_(zero_point).mul_(scale).to(x.dtype)

@@ -16,6 +16,7 @@ from qdexport.core.spec import Granularity, LayerPlan, QuantSpec
 from qdexport.errors import ModelError
 from qdexport.models.loaded import LoadedModel
 from qdexport.quant.affine import parameters_from_range
+from qdexport.quant.calibrate import schedule_timesteps
 from qdexport.quant.modules import (
     ActivationQuantizer,
     QuantConv2d,
@@ -81,7 +82,9 @@ class QuantizedModel:
         plans: the decision for every layer.
         recipe: what was asked for.
         body: floating-point type of ``denoiser``.
-        timesteps: the calibrated timesteps; the rows of the step tables, if there are any.
+        timesteps: the calibrated timesteps in sampling order: the rows of step tables and of a time table. Of
+            given ranges without timesteps those of the recipe's schedule; empty for a model without a
+            scheduler.
         context: selects the rows of the step tables.
     """
 
@@ -123,7 +126,7 @@ def quantize_model(
         plans=tuple(plans),
         recipe=recipe,
         body=body,
-        timesteps=ranges.timesteps,
+        timesteps=_timesteps(loaded, recipe, ranges),
         context=context,
     )
 
@@ -257,6 +260,13 @@ def shared_copy(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
 def training_steps_of(loaded: LoadedModel) -> int:
     """Number of training timesteps of the model's scheduler; 1000 for a denoiser without one."""
     return int(loaded.scheduler.config.num_train_timesteps) if loaded.scheduler is not None else 1000
+
+
+def _timesteps(loaded: LoadedModel, recipe: Recipe, ranges: ActivationRanges) -> tuple[int, ...]:
+    """Those of the ranges; static ranges from elsewhere name none, then those the calibration would have."""
+    if ranges.timesteps or loaded.scheduler is None:
+        return ranges.timesteps
+    return schedule_timesteps(loaded, recipe.calibration)
 
 
 def _body_of(loaded: LoadedModel, recipe: Recipe) -> Body:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from qdexport.quant.plan import activation_keys
 from qdexport.quant.ranges import ActivationRanges
 from qdexport.quant.resume import CalibrationState, weights_sha256
 
-__all__ = ["calibrate", "calibration_prompts", "row_timesteps"]
+__all__ = ["calibrate", "calibration_prompts", "schedule_timesteps"]
 
 
 def calibrate(
@@ -53,7 +53,7 @@ def calibrate(
         RecipeError: the file of prompts cannot be used.
     """
     request = _request(loaded, recipe.calibration)
-    timesteps = row_timesteps(schedule(loaded, request.steps))
+    timesteps = schedule_timesteps(loaded, recipe.calibration)
     per_step = recipe.activation_rows == "per_step"
     specs = {
         key: plan.activation for plan in plans for key in activation_keys(plan) if plan.activation is not None
@@ -76,9 +76,20 @@ def calibrate(
     )
 
 
-def row_timesteps(timesteps: Iterable[float]) -> tuple[int, ...]:
-    """The integer timesteps of a schedule, each once, in sampling order: the rows of a step table."""
-    return tuple(dict.fromkeys(round(float(timestep)) for timestep in timesteps))
+def schedule_timesteps(loaded: LoadedModel, calibration: Calibration) -> tuple[int, ...]:
+    """The timesteps of the calibration's schedule, each once, in sampling order: the rows of step tables.
+
+    Raises:
+        ModelError: the model has no scheduler, or a timestep is fractional.
+    """
+    timesteps = schedule(loaded, calibration.steps)
+    fractional = [step for step in timesteps if not float(step).is_integer()]
+    if fractional:
+        raise ModelError(
+            f"the scheduler calls the denoiser at the fractional timestep {fractional[0]}; tables have rows "
+            "for integers only: choose a scheduler of integer timesteps (DDIM, or timestep_spacing: leading)"
+        )
+    return tuple(dict.fromkeys(int(step) for step in timesteps))
 
 
 def calibration_prompts(loaded: LoadedModel, calibration: Calibration) -> list[str]:
@@ -167,17 +178,18 @@ class _Watch:
         """Forgets which layers were reached."""
         self._reached = {plan.name: set() for plan in self.plans.values()}
 
-    def at(self, timestep: float) -> None:
+    def at(self, timestep: int) -> None:
         """Says which timestep the next denoiser call has.
 
         Raises:
             ModelError: it is none of the schedule's.
         """
-        self.timestep = round(float(timestep))
+        self.timestep = int(timestep)
         if self.timestep not in self.rows:
             raise ModelError(
-                f"the sampler called the denoiser at timestep {float(timestep)}, which is none of its schedule "
-                f"({', '.join(map(str, self.rows))}); use a scheduler that lists its timesteps before it starts"
+                f"the sampler called the denoiser at timestep {timestep}, which is none of its "
+                f"schedule ({', '.join(map(str, self.rows))}); "
+                "use a scheduler that lists its timesteps before it starts"
             )
 
     def end_batch(self) -> None:
@@ -191,8 +203,8 @@ class _Watch:
             if missing:
                 raise ModelError(
                     f"layer {layer} did not run at timestep {missing[0]} ({len(missing)} of "
-                    f"{len(self.rows)} steps are missing), so its range is unknown; leave it in floating point by "
-                    "a rule without quantizers"
+                    f"{len(self.rows)} steps are missing), so its range is unknown; leave it in floating "
+                    "point by a rule without quantizers"
                 )
         for observer in self.observers.values():
             observer.end_batch()

@@ -160,14 +160,13 @@ class PercentileObserver(RangeObserver):
         tail = (1 - self.percentile / 100) / 2
         low, high = self.low.clone(), self.high.clone()
         for row in range(self.counts.shape[0]):
-            counts = self.counts[row].numpy()
-            low[row] = max(float(low[row]), self._quantile(counts, tail))
-            high[row] = min(float(high[row]), self._quantile(counts, 1 - tail))
+            cumulative = np.concatenate([[0], np.cumsum(self.counts[row].numpy())]).astype(np.float64)
+            smallest, largest = float(low[row]), float(high[row])
+            edges = self._edges.copy()  # the outermost bins hold everything beyond 2^24
+            edges[0], edges[-1] = min(edges[0], smallest), max(edges[-1], largest)
+            ends = np.interp(np.array([tail, 1 - tail]) * cumulative[-1], cumulative, edges)
+            low[row], high[row] = np.clip(ends, smallest, largest)
         return low, high
-
-    def _quantile(self, counts: NDArray[np.int64], share: float) -> float:
-        cumulative = np.concatenate([[0], np.cumsum(counts)]).astype(np.float64)
-        return float(np.interp(share * cumulative[-1], cumulative, self._edges))
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"counts": self.counts}

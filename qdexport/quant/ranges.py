@@ -151,7 +151,9 @@ def _ranges_from_json(path: Path, plans: Sequence[LayerPlan]) -> ActivationRange
         raise ModelError(
             f'{path} must hold an object {{"layer": [low, high]}}, not a JSON {type(data).__name__}'
         )
-    timesteps = tuple(data.pop("timesteps", ()))
+    timesteps = data.pop("timesteps", [])
+    if not isinstance(timesteps, list) or not all(type(step) is int for step in timesteps):
+        raise ModelError(f"{path}: timesteps must be a list of integers, one per row")
     keys = _keys_by_name(plans)
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}
@@ -161,7 +163,7 @@ def _ranges_from_json(path: Path, plans: Sequence[LayerPlan]) -> ActivationRange
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ModelError(f"{path}: {name!r} is no quantized layer of this model{hint}")
         low[keys[name]], high[keys[name]] = _two_ends(path, name, ends)
-    return ActivationRanges(low=low, high=high, timesteps=timesteps)
+    return ActivationRanges(low=low, high=high, timesteps=tuple(timesteps))
 
 
 def _keys_by_name(plans: Sequence[LayerPlan]) -> dict[str, str]:
