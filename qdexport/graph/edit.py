@@ -126,14 +126,20 @@ def replace_value(old: ir.Value, new: ir.Value, *, keep: Sequence[ir.Node] = ())
     for use in list(old.uses()):
         if use.node not in keep:
             use.node.replace_input_with(use.idx, new)
-    if old.is_graph_output():
-        graph = old.graph
-        if graph is None:
-            return
-        new.name, old.name = old.name, None
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
+    graph = old.graph
+    if graph is None or not old.is_graph_output():
+        return
+    if new.is_graph_output() or new.producer() is None:
+        # an input, a constant or another output has a name of its own that must stay
+        copy = ir.node("Identity", [new])
+        copy.metadata_props[LAYER_KEY] = "" if (maker := old.producer()) is None else module_of(maker)
+        graph.append(copy)
+        copy.outputs[0].type, copy.outputs[0].shape = new.type, new.shape
+        new = copy.outputs[0]
+    new.name, old.name = old.name, None
+    for index, output in enumerate(graph.outputs):
+        if output is old:
+            graph.outputs[index] = new
 
 
 def remove_unused(model: ir.Model) -> bool:
