@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdexport.core.carrier import carrier_offset
+from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused
 from qdexport.graph.query import const_of, input_of, int_attr, is_fake_quantize, module_of, shape_of
 from qdexport.passes.unit_scale import UnitScale, rewrite_unit_scale
@@ -96,6 +97,8 @@ def _lower_all(row: ir.Value, nodes: Sequence[ir.Node]) -> None:
 
 def _columns(node: ir.Node) -> _Columns:
     scale, zero_point = const_of(node, 1).astype(np.float32), const_of(node, 2).astype(np.float32)
+    if scale.ndim != 1:
+        raise GraphPassError(f"{module_of(node)}: {scale.shape[1]} scales for the channels of an activation; use one scale per tensor")
     offset = carrier_offset(int_attr(node, "qmin"), int_attr(node, "qmax"), zero_point)
     return _Columns(scale=scale, zero_point=zero_point, offset=offset)
 

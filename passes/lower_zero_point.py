@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdexport.core.carrier import carrier_offset
+from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused
 from qdexport.graph.query import const_of, int_attr, is_fake_quantize, module_of
 from qdexport.passes.unit_scale import UnitScale, rewrite_unit_scale
@@ -51,6 +52,10 @@ def _needs_lowering(node: ir.Node) -> bool:
 def _lower(node: ir.Node) -> None:
     qmin, qmax = int_attr(node, "qmin"), int_attr(node, "qmax")
     zero_point = const_of(node, 2).astype(np.float32)
+    if zero_point.size != 1:
+        raise GraphPassError(
+            f"{module_of(node)}: {zero_point.size} zero points for the channels of an activation; use one scale per tensor"
+        )
     offset = carrier_offset(qmin, qmax, zero_point)
     writer = NodeWriter(node)
     if offset is None:

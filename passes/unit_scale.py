@@ -63,7 +63,8 @@ def rewrite_unit_scale(node: ir.Node, parameters: UnitScale) -> None:
     """Rewrites one activation quantizer and all convolutions and products that read it.
 
     Raises:
-        GraphPassError: something else reads the quantized tensor, so that the scale cannot move behind it.
+        GraphPassError: something else reads the quantized tensor, so that the scale cannot move behind it, or a layer
+            has a weight or attributes of another form.
     """
     consumers = [use.node for use in node.outputs[0].uses()]
     foreign = [item.name for item in consumers if item.op_type not in COMPUTE_OPS]
@@ -74,6 +75,7 @@ def rewrite_unit_scale(node: ir.Node, parameters: UnitScale) -> None:
         )
     by_padding: dict[tuple[int, ...], list[ir.Node]] = {}
     for item in consumers:
+        _check_form(item)
         pads = ints_attr(item, "pads") if item.op_type == "Conv" and parameters.correction is not None else ()
         by_padding.setdefault(pads if any(pads) else (), []).append(item)
     for pads, group in by_padding.items():
@@ -119,14 +121,39 @@ def _pad(writer: NodeWriter, x: ir.Value, pads: tuple[int, ...]) -> ir.Value:
 
 
 def _compute_in_float32(node: ir.Node, unit: ir.Value, *, padded: bool) -> None:
-    weight = weight_source(node)
-    if weight is None or weight.op_type != "DequantizeLinear":
-        raise GraphPassError(f"{module_of(node)}: the weight is not quantized although the input is")
+    node.replace_input_with(1, _dequantized_weight(node).outputs[0])
     node.replace_input_with(0, unit)
-    node.replace_input_with(1, weight.outputs[0])
     node.outputs[0].type = ir.TensorType(_FLOAT)
     if padded:
         node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(ints_attr(node, "pads")))
+
+
+def _dequantized_weight(node: ir.Node) -> ir.Node:
+    """The DequantizeLinear that feeds a layer; nothing but a Cast may stand between, since it is passed over."""
+    weight = weight_source(node)
+    if weight is None or weight.op_type != "DequantizeLinear":
+        raise GraphPassError(f"{module_of(node)}: the weight is not quantized although the input is")
+    between = input_of(node, 1).producer()
+    while between is not None and between is not weight:
+        if between.op_type != "Cast":
+            raise GraphPassError(
+                f"{module_of(node)}: a {between.op_type} stands between the quantized weight and the layer; "
+                "run fold-adapters first, and let no two layers share one weight"
+            )
+        between = input_of(between, 0).producer()
+    return weight
+
+
+def _check_form(node: ir.Node) -> None:
+    """Refuses attributes with which ``s`` and the bias could not leave the layer as they do."""
+    plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "auto_pad": "NOTSET"}
+    for name, value in plain.items():
+        attribute = node.attributes.get(name)
+        if attribute is not None and attribute.value != value:
+            raise GraphPassError(
+                f"{module_of(node)}: {node.op_type} with {name}={attribute.value!r} cannot take a scale that depends on "
+                f"the step or a zero point that does not fit; only {name}={value!r} can"
+            )
 
 
 def _write_epilogue(node: ir.Node, parameters: UnitScale, body: ir.DataType) -> None:
@@ -186,9 +213,7 @@ def _take_bias(node: ir.Node) -> tuple[np.ndarray | None, ir.Node]:
 
 def _weight_sums(node: ir.Node) -> np.ndarray:
     """``sum(W)`` per output channel of the dequantized weight, in float64."""
-    weight = weight_source(node)
-    if weight is None:
-        raise GraphPassError(f"{module_of(node)}: no quantized weight")
+    weight = _dequantized_weight(node)
     codes, scale = const_of(weight, 0).astype(np.float64), const_of(weight, 1).astype(np.float64)
     transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not int_attr(node, "transB", 0))
     axis = 1 if transposed else 0
