@@ -44,7 +44,7 @@ class FoldTimeEmbedding:
         if context.timesteps is None or spec is None:
             return
         timestep = next(value for value in model.graph.inputs if value.name == spec.name)
-        _bypass_expand(timestep)
+        _bypass_expand(model, timestep)
         frontier = _frontier(model, timestep)
         if not frontier:
             return
@@ -55,13 +55,14 @@ class FoldTimeEmbedding:
         remove_unused(model)
 
 
-def _bypass_expand(timestep: ir.Value) -> None:
+def _bypass_expand(model: ir.Model, timestep: ir.Value) -> None:
     """One timestep for the whole batch stays one row: what reads it adds it by broadcasting."""
     if len(shape_of(timestep)) != 1 or shape_of(timestep)[0] != 1:
         return
     for use in list(timestep.uses()):
         if use.node.op_type == "Expand" and use.idx == 0:
             replace_value(use.node.outputs[0], timestep)
+    remove_unused(model)  # the shape that a bypassed Expand computed from the batch
 
 
 def _frontier(model: ir.Model, timestep: ir.Value) -> list[ir.Value]:

@@ -48,7 +48,7 @@ class _NamedInputs(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, **inputs: Tensor) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         return call_denoiser(self.denoiser, inputs)
 
 
@@ -70,7 +70,7 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
     with _quiet(), torch.no_grad():
         try:
             exported = torch.export.export(
-                _NamedInputs(denoiser), (), kwargs=inputs, dynamic_shapes=_dynamic_shapes(io)
+                _NamedInputs(denoiser), (inputs,), dynamic_shapes=_dynamic_shapes(io)
             )
         except Exception as error:  # noqa: BLE001  torch.export raises a dozen unrelated types
             raise CaptureError(f"torch.export cannot trace {type(denoiser).__name__}: {_first_line(error)}") from error
@@ -105,17 +105,17 @@ def _translate(
     return dialect.FakeQuantize(*inputs, qmin=qmin, qmax=qmax, axis=axis)
 
 
-def _dynamic_shapes(io: IoSpec) -> dict[str, dict[str, dict[int, Any]]] | None:
+def _dynamic_shapes(io: IoSpec) -> tuple[dict[str, dict[int, Any] | None]] | None:
     """The ranges of an IoSpec in torch.export's form; dimensions of one name are one symbol."""
     symbols: dict[str, Any] = {}
-    shapes: dict[str, dict[int, Any]] = {}
+    shapes: dict[str, dict[int, Any] | None] = {}
     for spec in io.inputs:
         dims = {}
         for axis, dim in enumerate(spec.dims):
             if dim.dynamic:
                 dims[axis] = symbols.setdefault(dim.name, torch.export.Dim.DYNAMIC(min=dim.low, max=dim.high))
-        shapes[spec.name] = dims
-    return {"inputs": shapes} if symbols else None
+        shapes[spec.name] = dims or None
+    return (shapes,) if symbols else None
 
 
 def _first_line(error: BaseException) -> str:
