@@ -17,7 +17,6 @@ weights are the right ones.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -60,6 +59,12 @@ QUANTIZATION_FILE = "quantization.safetensors"
 RECIPE_FILE = "recipe.yaml"
 _METADATA_KEY = "qdexport.quantization"
 _VERSION = 1
+
+
+class _Version(BaseModel):
+    """The one field of the metadata that every format has."""
+
+    version: int
 
 
 class _Facts(BaseModel):
@@ -198,17 +203,13 @@ def _read_facts(path: Path) -> _Facts:
         raise ModelError(f"{path} is damaged ({error}); quantize the model again") from error
     if text is None:
         raise ModelError(f"{path} was not written by qdexport (no {_METADATA_KEY!r} in its metadata)")
-    version = json.loads(text).get("version")
-    if version != _VERSION:
-        raise ModelError(
-            f"{path} has format {version}, this qdexport reads {_VERSION}; quantize the model again"
-        )
     try:
-        return _Facts.model_validate_json(text)
+        version = _Version.model_validate_json(text).version
+        if version == _VERSION:
+            return _Facts.model_validate_json(text)
     except ValidationError as error:
-        raise ModelError(
-            f"{path} has wrong metadata: {error.errors()[0]['msg']}; quantize the model again"
-        ) from error
+        raise ModelError(f"{path} has wrong metadata: {error.errors()[0]['msg']}; quantize again") from error
+    raise ModelError(f"{path} has format {version}, this qdexport reads {_VERSION}; quantize the model again")
 
 
 def _load_floating_point(folder: Path, facts: _Facts) -> LoadedModel:
