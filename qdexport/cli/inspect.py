@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["inspect"]
 
 _ROWS = 15
+_WIDTH = 44
 
 
 @click.command(epilog="""\b
@@ -52,7 +53,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
         return plan_facts(Plan.load(path if path.is_file() else path / "plan.json"))
     if (path / "quantization.safetensors").is_file():
-        from qdexport.quant.checkpoint import checkpoint_facts
+        from qdexport.quant.inspect import checkpoint_facts
 
         return checkpoint_facts(path)
     if (path / "manifest.json").is_file():
@@ -114,6 +115,6 @@ def _print_table(console: Console, items: list[dict[str, Any]], columns: list[st
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    # module paths differ at their ends
+    return text if len(text) <= _WIDTH else f"\N{HORIZONTAL ELLIPSIS}{text[1 - _WIDTH :]}"

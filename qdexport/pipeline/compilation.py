@@ -210,7 +210,7 @@ class Compilation:
             self.workspace.run_stage(
                 "validate",
                 inputs,
-                lambda: validate(self.model, self.options.target, self.workspace, self.progress),
+                lambda: validate(self.model, self.workspace, self.progress),
                 force="validate" in self.options.force,
             )
 

@@ -11,6 +11,7 @@ from PIL import Image
 from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.files import atomic_path
 from qdexport.core.results import Manifest
+from qdexport.emit.facts import read_network_facts
 from qdexport.errors import ModelError
 from qdexport.models.load import load_model
 from qdexport.models.sampling import sample, schedule
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from qdexport.core.network_facts import NetworkFacts
     from qdexport.models.loaded import LoadedModel
     from qdexport.models.sampling import SampleRequest
 
@@ -36,11 +38,13 @@ class Denoisers:
         loaded: the floating-point model with its pipeline.
         by_kind: denoisers that stand in for the pipeline's own; ``fp`` is None, its own.
         steps: sampler steps that the recipe was calibrated with; None for the model's own.
+        facts: what the compiled network says about itself.
     """
 
     loaded: LoadedModel
     by_kind: Mapping[str, Any]
     steps: int | None
+    facts: NetworkFacts | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -53,10 +57,9 @@ class Denoisers:
         Raises:
             ModelError: the schedule has timesteps that the network's tables lack.
         """
-        denoiser = self.by_kind[kind]
-        if isinstance(denoiser, OnnxDenoiser):
-            denoiser.facts.check_timesteps(schedule(self.loaded, request.steps))
-        return sample(self.loaded, request, denoiser=denoiser)
+        if kind == "onnx" and self.facts is not None:
+            self.facts.check_timesteps(schedule(self.loaded, request.steps))
+        return sample(self.loaded, request, denoiser=self.by_kind[kind])
 
 
 def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
@@ -75,14 +78,17 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
     available: dict[str, Any] = {"fp": None, "quantized": quantized.denoiser}
     file = Manifest.load(folder / "manifest.json").artifact("onnx")
     wanted = kinds or ("quantized", *(("onnx",) if file else ()))
+    facts = None
     if "onnx" in wanted:
         if file is None:
             raise ModelError(f"{folder} holds no ONNX file; run `qdexport export {folder}`")
-        available["onnx"] = OnnxDenoiser(folder / file.path, quantized.loaded.denoiser)
+        facts = read_network_facts(folder / file.path)
+        available["onnx"] = OnnxDenoiser(folder / file.path, facts.io, quantized.loaded.denoiser)
     return Denoisers(
         loaded=quantized.loaded,
         by_kind={kind: available[kind] for kind in wanted},
         steps=quantized.recipe.calibration.steps,
+        facts=facts,
     )
 
 

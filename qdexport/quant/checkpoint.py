@@ -121,7 +121,7 @@ def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> Quanti
             codes.
     """
     path = folder / QUANTIZATION_FILE
-    facts = _read_facts(path)
+    facts = read_facts(path)
     recipe_path = folder / RECIPE_FILE
     if not recipe_path.is_file():
         raise ModelError(f"{recipe_path} is missing; save the checkpoint again")
@@ -191,7 +191,7 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_facts(path: Path) -> _Facts:
+def read_facts(path: Path) -> _Facts:
     if not path.is_file():
         raise ModelError(
             f"{path.parent} is no quantized checkpoint: {path.name} is missing; quantize the model first"

@@ -1,0 +1,125 @@
+"""The validate stage: plan audit, compiler parity, noise floor, image quality, golden inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from qdexport.build.audit import audit
+from qdexport.build.plan import engine_coverage
+from qdexport.check.calls import check_calls
+from qdexport.check.engine_parity import write_golden
+from qdexport.check.noise_floor import noise_floor
+from qdexport.check.parity import end_to_end, layer_parity
+from qdexport.check.quality import compare_quality
+from qdexport.check.verdict import judge
+from qdexport.core.results import Coverage, EndToEnd, Plan
+from qdexport.core.spec import layer_precision
+from qdexport.emit.coverage import onnx_coverage
+from qdexport.emit.facts import read_network_facts
+from qdexport.models.sampling import prompts_for
+from qdexport.pipeline.sampling import save_images
+from qdexport.pipeline.workspace import Made
+from qdexport.quant.plan import macs_share
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from qdexport.core.io_spec import IoSpec
+    from qdexport.core.progress import ProgressSink
+    from qdexport.pipeline.workspace import Workspace
+    from qdexport.quant.attach import QuantizedModel
+
+__all__ = ["validate"]
+
+
+def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink) -> list[Made]:
+    """Fills the report's coverage, parity and quality, and writes images and golden files.
+
+    Raises:
+        ParityError: a layer cannot be compared at all. (A layer that differs is a verdict, not an error.)
+        ModelError: the sampler's steps are not those of the network's tables.
+    """
+    onnx_path = workspace.path("onnx")
+    facts = read_network_facts(onnx_path)
+    plan = workspace.manifest.artifact("plan")
+    report, validation = workspace.report, model.recipe.validation
+    report.body = model.body
+    report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.root / plan.path) if plan else None)
+
+    calls = check_calls(model, facts.io, validation.parity_steps, validation.seed)
+    with _counted(progress, "parity, layer by layer") as advance:
+        layers = layer_parity(model, onnx_path, facts.io, calls, advance)
+    floor_calls = check_calls(model, facts.io, validation.floor_steps, validation.seed)
+    with _counted(progress, "noise floor") as advance:
+        floor = noise_floor(model, facts.io, floor_calls, validation.floor_seeds, advance)
+    whole = EndToEnd(sqnr_db=end_to_end(model, onnx_path, facts.io, floor_calls), noise_floor_db=floor)
+    report.parity = judge(layers, whole, model.body, "ONNX Runtime, ORT_ENABLE_BASIC, CPU")
+
+    golden = workspace.root / "golden"
+    write_golden(golden, onnx_path, facts.io, calls[: validation.golden])
+    made = [Made("golden", golden)]
+    images = _images(model, onnx_path, facts.io, workspace, progress)
+    return [*made, Made("images", images)] if images else made
+
+
+def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None) -> Coverage:
+    """Planned, emitted and compiled type of every layer, and what does not agree."""
+    planned = {part: layer_precision(layer, model.body) for layer in model.plans for part in layer.parts}
+    emitted = onnx_coverage(onnx_path, model.plans)
+    compiled = None
+    if plan is not None:
+        compiled = engine_coverage(plan, list(planned))
+        for part, precision in planned.items():
+            if precision == "folded" and compiled[part] == "missing":
+                compiled[part] = "folded"
+    return Coverage(
+        planned=planned,
+        onnx=emitted,
+        engine=compiled or {},
+        bits={
+            part: [layer.weight.bits, layer.activation.bits]
+            for layer in model.plans
+            for part in layer.parts
+            if layer.weight is not None and layer.activation is not None
+        },
+        why={part: layer.why for layer in model.plans for part in layer.parts},
+        macs_planned_share=macs_share(model.plans),
+        mismatches=audit(planned, emitted, compiled),
+    )
+
+
+def _images(
+    model: QuantizedModel, onnx_path: Path, io: IoSpec, workspace: Workspace, progress: ProgressSink
+) -> Path | None:
+    validation = model.recipe.validation
+    with _counted(progress, "sampling images") as advance:
+        quality, images = compare_quality(model, onnx_path, io, advance)
+    workspace.report.quality = quality
+    if quality is None:
+        _note(workspace, "No images: the model came without a pipeline that samples it.")
+        return None
+    folder = workspace.root / "images"
+    save_images(folder, images, prompts_for(model.loaded, validation.images, validation.seed))
+    return folder
+
+
+def _note(workspace: Workspace, text: str) -> None:
+    if text not in workspace.report.notes:
+        workspace.report.notes.append(text)
+
+
+@contextlib.contextmanager
+def _counted(progress: ProgressSink, description: str) -> Iterator[Callable[[int, int], None]]:
+    """Turns ``(done, total)`` callbacks into a bar in percent."""
+    shown = 0
+    with progress.track(100, description) as advance:
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            share = done * 100 // max(total, 1)
+            advance(share - shown)
+            shown = share
+
+        yield show

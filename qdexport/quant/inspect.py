@@ -1,0 +1,43 @@
+"""Facts about a quantized checkpoint for people, without loading the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from qdexport.quant.checkpoint import QUANTIZATION_FILE, read_facts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["checkpoint_facts"]
+
+
+def checkpoint_facts(folder: Path) -> dict[str, Any]:
+    """Widths, granularity and scales of every layer.
+
+    Raises:
+        ModelError: the folder is no quantized checkpoint, or is damaged.
+    """
+    path = folder / QUANTIZATION_FILE
+    facts = read_facts(path)
+    layers = []
+    with safe_open(path, framework="np") as file:
+        for plan in facts.plans:
+            for part in plan.parts:
+                row: dict[str, Any] = {"name": part, "weight": "folded" if plan.folded else facts.body, "activation": "", "scales": ""}
+                if plan.quantized and plan.weight is not None and plan.activation is not None:
+                    scales = file.get_tensor(f"{part}.input_scale")
+                    row["weight"] = f"{plan.weight.bits} bits {plan.weight.granularity}"
+                    row["activation"] = f"{plan.activation.bits} bits {'symmetric' if plan.activation.symmetric else 'asymmetric'}"
+                    row["scales"] = f"{len(scales)} x {scales.min():.3g}..{scales.max():.3g}"
+                layers.append({**row, "why": plan.why})
+    return {
+        "kind": "quantized checkpoint",
+        "model": facts.model,
+        "body": facts.body,
+        "timesteps": len(facts.timesteps),
+        "bytes": path.stat().st_size,
+        "layers": layers,
+    }
