@@ -8,7 +8,7 @@ output is `noise_pred`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
@@ -90,6 +90,7 @@ def latent_size(denoiser: nn.Module) -> tuple[int | None, int | None]:
 
 def size_multiple(denoiser: nn.Module) -> int:
     """What the height and width of a sample must be a multiple of: 2 to the number of downsampling blocks."""
+    _config(denoiser)
     blocks = denoiser.get_submodule("down_blocks").children()
     count = sum(getattr(block, "downsamplers", None) is not None for block in blocks)
     return 1 << count
@@ -136,7 +137,7 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
     return IoSpec(inputs=tuple(inputs), outputs=(prediction,))
 
 
-def call_denoiser(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+def call_denoiser(denoiser: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
     """Calls a diffusers denoiser with the named inputs of the exported network.
 
     Args:

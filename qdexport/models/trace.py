@@ -1,6 +1,6 @@
 """One forward pass without data, and what it tells about every layer: cost, sources, shared inputs.
 
-The pass runs on fake tensors, so a model of billions of parameters takes seconds and no memory. Every
+The pass runs on the meta device, so a model of billions of parameters takes a second and no memory. Every
 tensor gets a value number: equal numbers mean the same operator on the same values, hence equal tensors,
 even where a module computes them twice (each resnet block applies SiLU to the time embedding again). Beside
 it stands the set of network inputs that the value was computed from.
@@ -9,13 +9,12 @@ it stands the set of network inputs that the value was computed from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,7 +61,7 @@ class _Record:
 
 
 def trace_denoiser(denoiser: nn.Module, io: IoSpec) -> dict[str, LayerTrace]:
-    """Runs the denoiser once on fake tensors of the best sizes.
+    """Runs the denoiser once at the best sizes, without data.
 
     Args:
         denoiser: A diffusers UNet, on any device; its weights are not read.
@@ -75,16 +74,20 @@ def trace_denoiser(denoiser: nn.Module, io: IoSpec) -> dict[str, LayerTrace]:
         name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
     }
     records: dict[str, _Record] = {}
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = _empty_inputs(denoiser, io)
-        with _ValueNumbers(inputs) as numbers:
-            handles = [_watch(module, records, name, numbers) for name, module in layers.items()]
-            try:
-                call_denoiser(denoiser, inputs)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        inputs_by_number = {numbers.value_of(tensor).number: name for name, tensor in inputs.items()}
+    state = {name: value.to("meta") for name, value in _state(denoiser)}
+    inputs = _empty_inputs(denoiser, io)
+
+    def without_data(*args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(denoiser, state, args, kwargs)
+
+    with torch.no_grad(), _ValueNumbers(inputs) as numbers:
+        handles = [_watch(module, records, name, numbers) for name, module in layers.items()]
+        try:
+            call_denoiser(without_data, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    inputs_by_number = {numbers.value_of(tensor).number: name for name, tensor in inputs.items()}
     return {name: _summary(name, layers[name], record, inputs_by_number) for name, record in records.items()}
 
 
@@ -148,6 +151,11 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> lis
     return written
 
 
+def _state(denoiser: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from denoiser.named_parameters()
+    yield from denoiser.named_buffers()
+
+
 def _empty_inputs(denoiser: nn.Module, io: IoSpec) -> dict[str, Tensor]:
     weight = next((p for p in denoiser.parameters() if p.is_floating_point()), None)
     if weight is None:
@@ -156,16 +164,18 @@ def _empty_inputs(denoiser: nn.Module, io: IoSpec) -> dict[str, Tensor]:
     for spec in io.inputs:
         dtype = getattr(torch, spec.dtype)
         dtype = weight.dtype if dtype.is_floating_point else dtype
-        inputs[spec.name] = torch.empty(spec.shape(), dtype=dtype, device=weight.device)
+        inputs[spec.name] = torch.empty(spec.shape(), dtype=dtype, device="meta")
     return inputs
 
 
 def _watch(module: nn.Module, records: dict[str, _Record], name: str, numbers: _ValueNumbers) -> Any:
+    # one output element is a sum over one row of the weight
+    row = math.prod(module.get_parameter("weight").shape[1:])
+
     def after(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         record = records.setdefault(name, _Record())
         record.values.append(numbers.value_of(args[0]))
-        # one output element is a sum over one row of the weight
-        record.macs += output.numel() * math.prod(layer.get_parameter("weight").shape[1:])
+        record.macs += output.numel() * row
 
     return module.register_forward_hook(after)
 
