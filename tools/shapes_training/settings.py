@@ -125,10 +125,10 @@ class DistilSettings:
         )
         return cls(
             trajectories=8_192,
-            rollouts=6_144,
+            rollouts=4_608,
             path_batch=128,
             first_fit=fit,
-            second_fit=replace(fit, steps=1_500, seed=seed + 1),
+            second_fit=replace(fit, steps=700, seed=seed + 1),
             seed=seed,
         )
 

@@ -1,0 +1,136 @@
+"""One synthetic model through quantize, export and build, every stage measured in its own process."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.children import run_module
+from benchmarks.costs import Cost, machine
+from qdexport.build.engine import BuildOptions, build_engine
+from qdexport.core.io_spec import IoSpec
+
+if TYPE_CHECKING:
+    from qdexport.core.progress import ProgressSink
+    from qdexport.core.recipe import Recipe
+    from qdexport.core.results import EngineFacts
+    from qdexport.core.target import Target
+
+__all__ = ["MODELS", "ScaleJob", "run_scale"]
+
+# name on the command line -> configuration of qdexport.models.synthetic
+MODELS = {
+    "unet50m": "medium",
+    "sd15": "sd15",
+    "sd21": "sd21",
+    "sdxl": "sdxl",
+    "ddpm_cifar10": "ddpm_cifar10",
+    "ldm_uncond": "ldm_uncond",
+    "tiny_sd": "tiny_sd",
+    "tiny_sdxl": "tiny_sdxl",
+    "tiny_unet2d": "tiny_unet2d",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleJob:
+    """What to measure.
+
+    Attributes:
+        model: a key of ``MODELS``.
+        recipe: the whole recipe.
+        target: with a builder.
+        capabilities: compute capabilities of the engine; empty for the target's default.
+        steps: sampling steps, the rows of the time table and of step tables.
+        seed: chooses the activation ranges.
+        fp16_baseline: also build the same UNet in FP16, to count its kernels.
+        folder: for everything that is written.
+    """
+
+    model: str
+    recipe: Recipe
+    target: Target
+    capabilities: tuple[str, ...]
+    steps: int
+    seed: int
+    fp16_baseline: bool
+    folder: Path
+
+
+def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
+    """Compiles one model.
+
+    Returns:
+        Costs and counts, as docs/benchmarks.md describes them. ``seconds`` is the wall time of the exporting
+        process (imports and making the weights included) and of the build; ``peak_rss_mb`` is that of the
+        largest process. Neither counts the FP16 plan.
+
+    Raises:
+        ChildError: quantizing or exporting failed.
+        BuildError: the builder refused the graph or crashed.
+        OutputError: the folder cannot be written.
+    """
+    before = machine()
+    exported, engine, seconds = _compile(job, quantized=True, progress=progress)
+    costs = {name: Cost(**cost) for name, cost in exported.pop("costs").items()}
+    build = Cost(seconds=engine.build_seconds, cpu_seconds=0.0, peak_rss_mb=engine.peak_rss_mb)
+    exported.pop("io")
+    result = {
+        "model": job.model,
+        "recipe": job.recipe.name,
+        "seconds": round(seconds, 1),
+        "peak_rss_mb": max(cost.peak_rss_mb for cost in [*costs.values(), build]),
+        "kernels": engine.kernels,
+        "fp16_kernels": None,
+        "int8_compute": engine.int8_compute,
+        "fp_compute": engine.fp_compute,
+        "bytes_ratio": None,
+        "onnx_bytes": exported.pop("onnx_bytes"),
+        "engine_bytes": engine.bytes,
+        **exported,
+        "kernels_by_type": engine.kernels_by_type,
+        "compute_capabilities": engine.compute_capabilities,
+        "builder_version": engine.builder_version,
+        "stages": {name: asdict(cost) for name, cost in costs.items()},
+        "machine": before,
+    }
+    result["stages"]["build"] = {"seconds": build.seconds, "peak_rss_mb": build.peak_rss_mb}
+    if job.fp16_baseline:
+        plain, baseline, _ = _compile(job, quantized=False, progress=progress)
+        result |= {
+            "fp16_kernels": baseline.kernels,
+            "fp16_onnx_bytes": plain["onnx_bytes"],
+            "fp16_engine_bytes": baseline.bytes,
+            "fp16_peak_rss_mb": max(baseline.peak_rss_mb, plain["costs"]["export"]["peak_rss_mb"]),
+            "bytes_ratio": round(engine.bytes / baseline.bytes, 4),
+        }
+    return result
+
+
+def _compile(
+    job: ScaleJob, *, quantized: bool, progress: ProgressSink
+) -> tuple[dict[str, Any], EngineFacts, float]:
+    """Exports in a child process and builds in another; the exporter's answer, the engine, and seconds."""
+    name = job.recipe.name if quantized else "fp16"
+    folder = job.folder / f"{job.model}-{name}"
+    spec = {
+        "model": MODELS[job.model],
+        "recipe": json.loads(job.recipe.model_dump_json()),
+        "target": job.target.name,
+        "quantized": quantized,
+        "steps": job.steps,
+        "seed": job.seed,
+        "folder": str(folder / "onnx"),
+    }
+    started = time.perf_counter()
+    with progress.stage(f"{job.model} {name}: quantize and export" if quantized else f"{job.model} {name}: export"):
+        exported = run_module("benchmarks.export_child", spec, folder)
+    options = BuildOptions(
+        target=job.target, io=IoSpec.model_validate(exported["io"]), compute_capabilities=job.capabilities
+    )
+    with progress.stage(f"{job.model} {name}: build"):
+        engine, _ = build_engine(folder / "onnx" / "model.onnx", folder / "engine", options)
+    return exported, engine, time.perf_counter() - started
