@@ -46,8 +46,9 @@ class FoldTimeEmbedding:
         timestep = next(value for value in model.graph.inputs if value.name == spec.name)
         _bypass_expand(model, timestep)
         frontier = _frontier(model, timestep)
-        if not frontier:
+        if all(_is_tabled(value) for value in frontier):
             return
+        _check_range(context)
         rows = [_evaluate_rows(model, timestep, frontier, step) for step in context.timesteps]
         table = np.stack(rows)
         report.touched.extend(sorted({module_of(node) for value in frontier if (node := value.producer())}))
@@ -56,23 +57,46 @@ class FoldTimeEmbedding:
 
 
 def _bypass_expand(model: ir.Model, timestep: ir.Value) -> None:
-    """One timestep for the whole batch stays one row: what reads it adds it by broadcasting."""
+    """One timestep for the whole batch stays one row: what reads it adds it by broadcasting.
+
+    diffusers repeats it by ``expand`` in UNet2DConditionModel, and by a product with ones in UNet2DModel.
+    """
     if len(shape_of(timestep)) != 1 or shape_of(timestep)[0] != 1:
         return
     for use in list(timestep.uses()):
-        if use.node.op_type == "Expand" and use.idx == 0:
-            replace_value(use.node.outputs[0], timestep)
+        node = use.node
+        repeats = node.op_type == "Expand" and use.idx == 0
+        if repeats or (node.op_type == "Mul" and _is_ones(node.inputs[1 - use.idx])):
+            replace_value(node.outputs[0], timestep)
     remove_unused(model)  # the shape that a bypassed Expand computed from the batch
+
+
+def _is_ones(value: ir.Value | None) -> bool:
+    """Whether a value is 1 everywhere: a constant, or a constant spread over a computed shape."""
+    array = const_or_none(value)
+    if array is not None:
+        return bool((array == 1).all())
+    producer = None if value is None else value.producer()
+    if producer is None:
+        return False
+    if producer.op_type == "ConstantOfShape":
+        fill = producer.attributes.get("value")
+        return fill is not None and bool((fill.as_tensor().numpy() == 1).all())
+    return producer.op_type in {"Expand", "Cast"} and _is_ones(producer.inputs[0])
 
 
 def _frontier(model: ir.Model, timestep: ir.Value) -> list[ir.Value]:
     """The float values that depend on the timestep alone and are read by something that does not."""
     alone: dict[ir.Value, None] = {timestep: None}
+    fixed: set[ir.Value] = set()  # computed from constants alone: weights behind their quantizers, frequencies
     for node in model.graph:
         if module_of(node) == STEP_ROWS:
             continue  # the row lookup of the activation scales has a pass of its own
-        sources = [value for value in node.inputs if value is not None and const_or_none(value) is None]
-        if sources and all(value in alone for value in sources):
+        inputs = [value for value in node.inputs if value is not None]
+        sources = [value for value in inputs if value not in fixed and const_or_none(value) is None]
+        if not sources:
+            fixed.update(node.outputs)
+        elif all(value in alone for value in sources):
             alone.update(dict.fromkeys(node.outputs))
     frontier = []
     for value in alone:
@@ -124,7 +148,8 @@ def _in_float32(model: ir.Model) -> ir.Model:
 def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext) -> None:
     first = next(node for node in frontier[0].graph or () if any(value in frontier for value in node.outputs))
     writer = NodeWriter(first, _MODULE)
-    body = dtype_of(frontier[0])
+    types = {dtype_of(value) for value in frontier}
+    body = types.pop() if len(types) == 1 else ir.DataType.FLOAT
     index = np.full(context.training_steps, len(table), np.int64)
     index[np.array(context.timesteps)] = np.arange(len(table))
     poisoned = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)]).astype(body.numpy())
@@ -141,4 +166,4 @@ def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.nda
         if len(shape) != 2:
             target = writer.constant("shape", np.array([-1, *shape[1:]], np.int64))
             part = writer.op("Reshape", [part, target], dtype=body, shape=shape)  # noqa: PLW2901 the same value, reshaped
-        replace_value(value, part)
+        replace_value(value, writer.cast(part, dtype_of(value)))

@@ -130,6 +130,10 @@ class Ran:
             for name, array in before.items():
                 np.testing.assert_array_equal(after[name], array, strict=True)
 
+    def assert_close_to_rows(self) -> None:
+        """A row is evaluated for one sample; products of one row and of several may sum in another order (BLAS)."""
+        self.assert_close(terms=16, magnitude=8.0)
+
     def assert_close(self, terms: int, magnitude: float) -> None:
         """Equal but for the order of FP32 sums: each form is off by at most one rounding per operation, of numbers no
         larger than the sum of the magnitudes of its terms (Higham 2002, section 3.1).
@@ -139,7 +143,9 @@ class Ran:
                 np.testing.assert_allclose(after[name], array, rtol=0, atol=2 * (terms + 6) * EPS * magnitude)
 
 
-def run(model: ir.Model, graph_pass: GraphPass, feeds: Arrays | list[Arrays], context: PassContext | None = None) -> Ran:
+def run(
+    model: ir.Model, graph_pass: GraphPass, feeds: Arrays | list[Arrays], context: PassContext | None = None
+) -> Ran:
     """Runs a pass, and asserts what holds for all: interface kept, legal ONNX, second run changes nothing."""
     register_schema()
     context = context or context_of()

@@ -27,7 +27,9 @@ def linear(graphs, constants, expression="", *, operand="w", axis=0, bounds=(-12
 def constants_of(noise, **more):
     """A weight in units of its scales, with exact ties, zeros and values out of range."""
     scale = np.float32([[0.0071, 0.25, 1.3]])
-    steps = np.concatenate([noise.integers(-150, 150, (3, 6)), noise.integers(-150, 150, (3, 2)) + 0.5], axis=1)
+    steps = np.concatenate(
+        [noise.integers(-150, 150, (3, 6)), noise.integers(-150, 150, (3, 2)) + 0.5], axis=1
+    )
     weight = (steps * scale.T.astype(np.float64)).astype(np.float32)
     return {"w": weight, "s": scale, "z": np.zeros((1, 3), np.float32), **more}
 
@@ -48,7 +50,9 @@ def folded(ran, layer="to_q"):
 
 def test_a_transposed_linear_weight(graphs, noise):
     constants = constants_of(noise)
-    ran = graphs.run(linear(graphs, constants), FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)})
+    ran = graphs.run(
+        linear(graphs, constants), FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)}
+    )
     assert ran.ops == ["DequantizeLinear", "MatMul"]
     codes, scale, axis = folded(ran)
     assert axis == 1
@@ -172,7 +176,9 @@ def test_a_narrow_body_gets_a_cast(graphs, noise, dtype):
     ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(dtype)})
     assert ran.ops == ["DequantizeLinear", "Cast", "MatMul"]
     assert ran.nodes("Cast")[0].attributes["to"].as_int() == number
-    expected = fake_quantize_codes(constants["w"].astype(np.float32), constants["s"].T, np.float32(0), -128, 127)
+    expected = fake_quantize_codes(
+        constants["w"].astype(np.float32), constants["s"].T, np.float32(0), -128, 127
+    )
     np.testing.assert_array_equal(folded(ran)[0].T, expected)
     ran.assert_equal()
 
@@ -191,7 +197,9 @@ def test_foreign_zero_points_that_fit(graphs, noise, zero, bounds):
     """Widths up to 7 keep ``code - zero_point`` in INT8."""
     constants = constants_of(noise) | {"z": np.full((1, 3), zero, np.float32)}
     ran = graphs.run(
-        linear(graphs, constants, bounds=bounds), FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)}
+        linear(graphs, constants, bounds=bounds),
+        FoldAdapters(),
+        {"x": noise.normal(size=(2, 8)).astype(np.float32)},
     )
     codes, _, _ = folded(ran)
     assert codes.min() >= bounds[0] - zero
@@ -202,7 +210,9 @@ def test_foreign_zero_points_that_fit(graphs, noise, zero, bounds):
 def test_codes_that_int8_cannot_hold_are_refused(graphs, noise):
     constants = constants_of(noise) | {"z": np.full((1, 3), 3, np.float32)}
     model = linear(graphs, constants, bounds=(0, 255))
-    with pytest.raises(GraphPassError, match=r"to_q.weight_quantizer: code - zero_point reaches -3\.\.\d+, which INT8"):
+    with pytest.raises(
+        GraphPassError, match=r"to_q.weight_quantizer: code - zero_point reaches -3\.\.\d+, which INT8"
+    ):
         graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
 
 
@@ -221,4 +231,6 @@ def test_a_scale_that_is_computed_is_refused(graphs, noise):
     del constants["s"]
     model = graphs.model_of("float[2,8] x, float[1,3] s", "float[2,3] y", body, constants)
     with pytest.raises(GraphPassError, match=r"weight_quantizer/FakeQuantize .*input 1, s, is not constant"):
-        graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32), "s": np.ones((1, 3), np.float32)})
+        graphs.run(
+            model, FoldAdapters(), {"x": np.ones((2, 8), np.float32), "s": np.ones((1, 3), np.float32)}
+        )

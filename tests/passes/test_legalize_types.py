@@ -54,7 +54,12 @@ def test_casts_that_change_nothing_are_removed(graphs, noise, kind, casts, left,
 
 def test_a_widening_that_others_read_stays(graphs, noise):
     body = "\n".join(
-        [cast("a", "wide", "x", FLOAT), cast("b", "back", "wide", HALF), '["c/Relu"] y1 = Relu(back)', '["d/Relu"] y2 = Relu(wide)']
+        [
+            cast("a", "wide", "x", FLOAT),
+            cast("b", "back", "wide", HALF),
+            '["c/Relu"] y1 = Relu(back)',
+            '["d/Relu"] y2 = Relu(wide)',
+        ]
     )
     model = graphs.model_of("float16[4] x", "float16[4] y1, float[4] y2", body, {})
     ran = graphs.run(model, LegalizeTypes(), {"x": noise.normal(size=4).astype(np.float16)})
@@ -85,12 +90,16 @@ def test_mixed_floating_types_are_refused(graphs):
     """Onnx's own inference would stop at such a graph, so the type is spoilt afterwards."""
     model = graphs.model_of("float[4] x, float[4] u", "float[4] y", '["a/Add"] y = Add(x, u)', {})
     model.graph.inputs[1].type = ir.TensorType(ir.DataType.FLOAT16)
-    with pytest.raises(GraphPassError, match=r"a/Add \(Add\) reads several floating types: x FLOAT, u FLOAT16"):
+    with pytest.raises(
+        GraphPassError, match=r"a/Add \(Add\) reads several floating types: x FLOAT, u FLOAT16"
+    ):
         LegalizeTypes().apply(model, graphs.context_of(), PassReport("legalize-types"))
 
 
 def test_an_unknown_type_is_refused(graphs):
-    model = graphs.model_of("float[4] x", "float[4] y", '["p/Relu"] v = Relu(x)\n' + cast("q", "y", "v", FLOAT), {})
+    model = graphs.model_of(
+        "float[4] x", "float[4] y", '["p/Relu"] v = Relu(x)\n' + cast("q", "y", "v", FLOAT), {}
+    )
     model.graph.node(0).outputs[0].type = None
     with pytest.raises(GraphPassError, match="the type of v is unknown; capture the model again"):
         LegalizeTypes().apply(model, graphs.context_of(), PassReport("legalize-types"))

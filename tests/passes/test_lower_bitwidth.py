@@ -41,7 +41,9 @@ def test_every_range(graphs, noise, bounds, scale):
     assert quantize.inputs[2].const_value.numpy().dtype == np.int8
     codes = ran.at("conv.input_quantizer/QuantizeLinear", feeds)
     assert codes.dtype == np.int8
-    np.testing.assert_array_equal(codes, fake_quantize_codes(feeds["x"], np.float32(scale), np.float32(0), *bounds))
+    np.testing.assert_array_equal(
+        codes, fake_quantize_codes(feeds["x"], np.float32(scale), np.float32(0), *bounds)
+    )
     assert ran.report.touched == ["conv.input_quantizer"]
     ran.assert_equal()
 
@@ -93,7 +95,9 @@ def test_what_earlier_passes_should_have_rewritten_is_refused(graphs, noise, con
     text = graphs.quantize("conv.input_quantizer", "y", f"x, s, z{row}", *bounds)
     arrays = {name: np.float32(array) for name, array in constants.items()}
     model = graphs.model_of("float[2,60] x, int64[1] row", "float[2,60] y", text, arrays)
-    with pytest.raises(GraphPassError, match=r"conv.input_quantizer: .*run lower-zero-point and lower-timestep-scale first"):
+    with pytest.raises(
+        GraphPassError, match=r"conv.input_quantizer: .*run lower-zero-point and lower-timestep-scale first"
+    ):
         graphs.run(model, LowerBitwidth(), {"x": values(noise), "row": np.array([1])})
 
 

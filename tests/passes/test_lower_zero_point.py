@@ -296,7 +296,9 @@ def test_a_weight_in_floating_point_is_refused(graphs, noise):
     body = graphs.quantize("a.input_quantizer", "xq", "x, s, z", 0, 255) + '\n["a/MatMul"] y = MatMul(xq, w)'
     constants = {"s": np.float32([STEP]), "z": np.float32([99]), "w": np.ones((8, 3), np.float32)}
     model = graphs.model_of("float[2,8] x", "float[2,3] y", body, constants)
-    with pytest.raises(GraphPassError, match="'lower-zero-point': a: the weight is not quantized although the input is"):
+    with pytest.raises(
+        GraphPassError, match="'lower-zero-point': a: the weight is not quantized although the input is"
+    ):
         graphs.run(model, LowerZeroPoint(), grid(noise, (2, 8)))
 
 
@@ -382,4 +384,6 @@ def test_the_identity(x, scale, bits, data):
     assert codes[0] == moved[0]
     assert -128 <= codes[0] <= 127
     if offset is None:  # the bounds move, and the zero point disappears
-        assert codes[0] == fake_quantize_codes(value, step, np.float32(0), int(qmin - zero), int(qmax - zero))[0]
+        assert (
+            codes[0] == fake_quantize_codes(value, step, np.float32(0), int(qmin - zero), int(qmax - zero))[0]
+        )

@@ -20,10 +20,17 @@ def three_readers(graphs, second="x, s2, z2", bounds=(-128, 127)):
         ]
     )
     constants = {
-        "s1": np.float32([0.25]), "z1": np.float32([0]), "s2": np.float32([0.25]), "z2": np.float32([0]),
-        "s3": np.float32([0.5]), "z3": np.float32([3]), "two": np.float32(2),
+        "s1": np.float32([0.25]),
+        "z1": np.float32([0]),
+        "s2": np.float32([0.25]),
+        "z2": np.float32([0]),
+        "s3": np.float32([0.5]),
+        "z3": np.float32([3]),
+        "two": np.float32(2),
     }
-    return graphs.model_of("float[2,3] x, float[2,3] u", "float[2,3] y1, float[2,3] y2, float[2,3] y3", body, constants)
+    return graphs.model_of(
+        "float[2,3] x, float[2,3] u", "float[2,3] y1, float[2,3] y2, float[2,3] y3", body, constants
+    )
 
 
 def feeds(noise):
@@ -42,7 +49,12 @@ def test_equal_numbers_in_different_constants_are_shared(graphs, noise):
 
 @pytest.mark.parametrize(
     ("second", "bounds"),
-    [("x, s3, z2", (-128, 127)), ("x, s2, z3", (-128, 127)), ("x, s2, z2", (-8, 7)), ("u, s2, z2", (-128, 127))],
+    [
+        ("x, s3, z2", (-128, 127)),
+        ("x, s2, z3", (-128, 127)),
+        ("x, s2, z2", (-8, 7)),
+        ("u, s2, z2", (-128, 127)),
+    ],
     ids=["scale", "zero point", "range", "input"],
 )
 def test_a_quantizer_that_differs_stays(graphs, noise, second, bounds):
