@@ -56,6 +56,20 @@ class FoldTimeEmbedding:
         remove_unused(model)
 
 
+def _is_tabled(value: ir.Value) -> bool:
+    """Whether a value comes out of the table already, so that a second run has nothing to do."""
+    producer = value.producer()
+    return producer is not None and module_of(producer) == _MODULE
+
+
+def _check_range(context: PassContext) -> None:
+    for step in context.timesteps or ():
+        if not 0 <= step < context.training_steps:
+            raise GraphPassError(
+                f"timestep {step} is outside 0..{context.training_steps - 1}; use a schedule of the model's own training"
+            )
+
+
 def _bypass_expand(model: ir.Model, timestep: ir.Value) -> None:
     """One timestep for the whole batch stays one row: what reads it adds it by broadcasting.
 
