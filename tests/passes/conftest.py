@@ -131,12 +131,12 @@ class Ran:
                 np.testing.assert_array_equal(after[name], array, strict=True)
 
     def assert_close_to_rows(self) -> None:
-        """A row is evaluated for one sample; products of one row and of several may sum in another order (BLAS)."""
+        """Rows are evaluated for one sample; BLAS may sum products of several in another order."""
         self.assert_close(terms=16, magnitude=8.0)
 
     def assert_close(self, terms: int, magnitude: float) -> None:
-        """Equal but for the order of FP32 sums: each form is off by at most one rounding per operation, of numbers no
-        larger than the sum of the magnitudes of its terms (Higham 2002, section 3.1).
+        """Equal but for the order of FP32 sums: each form is off by at most one rounding per operation, of
+        numbers no larger than the sum of the magnitudes of its terms (Higham 2002, section 3.1).
         """
         for before, after in zip(self.before, self.after, strict=True):
             for name, array in before.items():

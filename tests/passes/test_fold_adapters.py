@@ -117,7 +117,8 @@ def test_constant_expressions(graphs, noise, expression, more):
     constants = constants_of(noise, **more)
     weight = constants["w"]
     constants |= {
-        "big": np.concatenate([weight, weight + 1]), "starts": np.array([0]), "ends": np.array([3]), "axes": np.array([0]),
+        "big": np.concatenate([weight, weight + 1]), "starts": np.array([0]), "ends": np.array([3]),
+        "axes": np.array([0]),
         "wide": np.concatenate([weight, weight], axis=1), "sizes": np.array([8, 8]),
         "b": noise.normal(size=(3, 2)).astype(np.float32), "a": noise.normal(size=(2, 8)).astype(np.float32),
         "r": noise.uniform(0.5, 2, (1, 8)).astype(np.float32),
@@ -133,7 +134,8 @@ def test_two_parts_of_one_weight(graphs, noise):
     """The split convolution of concat(hidden, skip): one Split feeds two quantizers."""
     constants = {
         "w": noise.normal(size=(3, 8)).astype(np.float32), "sizes": np.array([5, 3]),
-        "s": np.float32([[0.01, 0.02, 0.03]]), "t": np.float32([[0.03, 0.01, 0.02]]), "z": np.zeros((1, 3), np.float32),
+        "s": np.float32([[0.01, 0.02, 0.03]]), "t": np.float32([[0.03, 0.01, 0.02]]),
+        "z": np.zeros((1, 3), np.float32),
     }  # fmt: skip
     body = "\n".join(
         [
@@ -220,7 +222,9 @@ def test_a_weight_with_step_rows_is_refused(graphs, noise):
     constants = constants_of(noise)
     constants["s"] = np.concatenate([constants["s"]] * 2)
     constants["z"] = np.zeros((2, 3), np.float32)
-    with pytest.raises(GraphPassError, match="to_q.weight_quantizer: a weight has one row of scales, not 2"):
+    with pytest.raises(
+        GraphPassError, match=r"to_q\.weight_quantizer: a weight has one row of scales, not 2"
+    ):
         graphs.run(linear(graphs, constants), FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
 
 

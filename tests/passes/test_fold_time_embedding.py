@@ -20,7 +20,8 @@ def constants_of(noise, dtype=np.float32):
 
     return {
         "freqs": noise.uniform(1e-3, 1, (1, 4)).astype(np.float32),
-        "w1": draw(8, 5), "b1": draw(5), "w2": draw(5, CHANNELS), "b2": draw(CHANNELS), "w3": draw(5, CHANNELS),
+        "w1": draw(8, 5), "b1": draw(5), "w2": draw(5, CHANNELS), "b2": draw(CHANNELS),
+        "w3": draw(5, CHANNELS),
         "minus1": np.array([-1]), "last": np.array([2, 3]),
     }  # fmt: skip
 
@@ -130,7 +131,10 @@ def test_the_shared_timestep_is_not_expanded_to_the_batch(graphs, noise):
 def test_the_batch_may_be_dynamic(graphs, noise):
     """The expansion then reads the shape of the sample, which goes with it."""
     embedding = EMBEDDING.replace("Unsqueeze(timestep, minus1)", "Unsqueeze(expanded, minus1)")
-    expand = '["/Shape"] batch = Shape<start: int = 0, end: int = 1>(x)\n["/Expand"] expanded = Expand(timestep, batch)'
+    expand = (
+        '["/Shape"] batch = Shape<start: int = 0, end: int = 1>(x)\n'
+        '["/Expand"] expanded = Expand(timestep, batch)'
+    )
     model = graphs.model_of(
         f"float[N,{CHANNELS},4,4] x, int64[1] timestep",
         f"float[N,{CHANNELS},4,4] y",
@@ -223,7 +227,7 @@ def test_a_half_precision_body_is_tabled_in_fp32_and_rounded_once(graphs, noise)
 
 
 def test_constants_of_the_rest_keep_their_type(graphs, noise):
-    """The table is evaluated on a widened copy; a constant that both parts read must stay FP16 in the network."""
+    """The table is evaluated on a widened copy; a constant of both parts stays FP16 in the network."""
     extra = '["other/Mul"] x2 = Mul(x, gain)\n["time_embedding/Mul"] emb2 = Mul(emb, gain)\n'
     projections = PROJECTIONS.replace("MatMul(emb,", "MatMul(emb2,").replace("Add(x, e14)", "Add(x2, e14)")
     model = unet(graphs, noise, body="float16", extra=extra, projections=projections, gain=np.float16([1.5]))
@@ -286,7 +290,11 @@ def test_a_raw_timestep_beside_other_inputs_is_refused(graphs, noise):
 
 def test_an_embedding_that_is_not_broadcast_is_refused(graphs, noise):
     projections = '["attn/MatMul"] y = MatMul(x, square)\n'
-    extra = '["a/MatMul"] m = MatMul(emb, w2)\n["a/Transpose"] mt = Transpose(m)\n["a/MatMul"] square = MatMul(mt, m)\n'
+    extra = (
+        '["a/MatMul"] m = MatMul(emb, w2)\n'
+        '["a/Transpose"] mt = Transpose(m)\n'
+        '["a/MatMul"] square = MatMul(mt, m)\n'
+    )
     model = graphs.model_of(
         f"float[2,{CHANNELS}] x, int64[1] timestep",
         f"float[2,{CHANNELS}] y",

@@ -116,7 +116,7 @@ def test_the_identity(x, scale, low, high):
 
 @given(code=st.integers(-128, 127), scale=st.floats(2.0**-30, 2.0**12, width=32), nudge=st.integers(-2, 2))
 def test_the_identity_at_the_bounds_themselves(code, scale, nudge):
-    """Where random numbers seldom fall: the bound, half a step inside and outside, and their FP32 neighbours."""
+    """Where random numbers seldom fall: the bound, half a step beside it, and their FP32 neighbours."""
     step = np.float32(scale)
     for offset in (-0.5, 0.0, 0.5):
         value = np.float32(np.float64(code + offset) * np.float64(step))

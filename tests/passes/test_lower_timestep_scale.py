@@ -78,7 +78,8 @@ def test_a_convolution(graphs, noise, quantizer, bias):
     corrected = quantizer not in (SYMMETRIC, FITS)
     addend = ["Mul", "Add"] if corrected and bias else ["Mul"] if corrected else []
     assert ran.ops == [
-        "Gather", "Split", *(["Pad"] if corrected else []), "Div", *shift, "FakeQuantize", "DequantizeLinear", "Conv",
+        "Gather", "Split", *(["Pad"] if corrected else []), "Div", *shift, "FakeQuantize",
+        "DequantizeLinear", "Conv",
         "Mul", *addend, *(["Add"] if corrected or bias else []),
     ]  # fmt: skip
     unit = ran.node("conv.input_quantizer/FakeQuantize")
@@ -130,7 +131,7 @@ def test_any_scale(graphs, noise, quantizer):
     feeds = feeds_of(noise, step=0.0091)
     ran = graphs.run(conv(graphs, noise, quantizer, pads=0, scale=scale), LowerTimestepScale(), feeds)
     check_codes(ran, feeds, quantizer, scale=scale)
-    # 36 products, each at most 255 of the largest step times 128 weight steps of at most 2^-6; biases below 13
+    # 36 products of at most 255 of the largest steps and 128 weight steps of 2^-6; biases below 13
     ran.assert_close(terms=36, magnitude=36 * 255 * 0.31 * 128 * 2.0**-6 + 13)
 
 
@@ -278,7 +279,7 @@ def test_another_reader_of_the_codes_is_refused(graphs, noise):
     constants = {"s": np.float32(STEPS), "z": np.float32([0] * ROWS)}
     model = graphs.model_of("float[2,8] x, int64[1] row", "float[2,8] y", body, constants)
     with pytest.raises(
-        GraphPassError, match="'lower-timestep-scale': a.input_quantizer: act/Relu reads the quantized"
+        GraphPassError, match=r"'lower-timestep-scale': a\.input_quantizer: act/Relu reads the quantized"
     ):
         graphs.run(model, LowerTimestepScale(), feeds_of(noise, (2, 8)))
 

@@ -29,11 +29,12 @@ def conv(graphs, noise, bounds, *, group=1, pads=(1, 1, 1, 1), bias=True, step=S
         **graphs.weight_constants("w", codes, weight_step * 2.0 ** noise.integers(0, 3, 6)),
         **({"b": (noise.integers(-50, 50, 6) * STEP).astype(np.float32)} if bias else {}),
     }
+    operands = f"xq, w{', b' if bias else ''}"
     body = "\n".join(
         [
             graphs.quantize("conv.input_quantizer", "xq", "x, s, z", qmin, qmax),
             graphs.weight_of("conv", "w"),
-            f'["conv/Conv"] y = Conv<group: int = {group}, pads: ints = {list(pads)}>(xq, w{", b" if bias else ""})',
+            f'["conv/Conv"] y = Conv<group: int = {group}, pads: ints = {list(pads)}>({operands})',
         ]
     )
     return graphs.model_of("float[2,4,5,5] x", "float[2,6,h,w] y", body, constants)
@@ -74,7 +75,7 @@ def test_eight_bits_with_a_padded_border(graphs, noise, bounds, bias):
 
 
 def test_the_border_is_where_a_shift_alone_would_be_wrong(graphs, noise):
-    """Zeros padded behind the quantizer would have the code of z - 128: the test above must be able to fail."""
+    """Zeros padded behind the quantizer would read code 128: the test above must be able to fail."""
     feeds = {"x": np.zeros((2, 4, 5, 5), np.float32)}
     ran = graphs.run(conv(graphs, noise, (0, 255, 200)), LowerZeroPoint(), feeds)
     ran.assert_equal()
@@ -263,7 +264,8 @@ def test_a_half_precision_body_is_left_and_entered_by_casts(graphs, noise):
     x = (noise.integers(-20, 20, (1, 2, 4, 4)) * 0.125).astype(np.float16)
     ran = graphs.run(model, LowerZeroPoint(), {"x": x})
     assert ran.ops == [
-        "Pad", "Cast", "Div", "Round", "Add", "Sub", "FakeQuantize", "DequantizeLinear", "Conv", "Mul", "Add", "Cast",
+        "Pad", "Cast", "Div", "Round", "Add", "Sub", "FakeQuantize", "DequantizeLinear", "Conv",
+        "Mul", "Add", "Cast",
     ]  # fmt: skip
     assert str(ran.node("conv/Conv").outputs[0].dtype) == "FLOAT"
     assert str(ran.model.graph.outputs[0].dtype) == "FLOAT16"
@@ -371,7 +373,7 @@ def test_automatic_padding_is_refused(graphs, noise):
     data=st.data(),
 )
 def test_the_identity(x, scale, bits, data):
-    """``clip(rint(x / s) + z, qmin, qmax) - o == clip(rint(x / s) + z - o, qmin - o, qmax - o)``, in INT8, for any s."""
+    """``clip(rint(x / s) + z, qmin, qmax) - o == clip(rint(x / s) + z - o, qmin - o, qmax - o)`` is INT8."""
     signed = data.draw(st.booleans())
     qmin = -(1 << (bits - 1)) if signed else 0
     qmax = qmin + (1 << bits) - 1
