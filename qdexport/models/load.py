@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -53,8 +54,9 @@ def load_model(
             `owner/name[@revision]` of the Hugging Face hub.
         variant: Which weight files (`fp16`); components without this variant fall back to their plain
             weights, the denoiser does not.
-        torch_dtype: `fp32`, `fp16` or `bf16` (or the torch type) to convert to; by default the denoiser
-            keeps the type of its file, and the other components take the same.
+        torch_dtype: `fp32`, `fp16` or `bf16` (or the torch type) to convert to; by default the denoiser keeps
+            the type of its file, and the other components take the same. Few CPUs compute in half precision:
+            an `fp16` model is sampled there up to 40 times faster after a conversion to `fp32`.
 
     Returns:
         The denoiser in eval mode on the CPU. Of a component folder alone, pipeline and scheduler are None.
@@ -66,8 +68,9 @@ def load_model(
     name, folder = resolve_source(source, variant)
     dtype = _dtype(torch_dtype)
     if not (folder / "model_index.json").is_file():
-        denoiser = _load_denoiser(folder, variant, dtype)
-        return _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component="unet")
+        denoiser, stored = _load_denoiser(folder, variant, dtype)
+        loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component="unet")
+        return replace(loaded, stored_dtype=stored)
     index = read_json(folder / "model_index.json")
     component = _denoiser_component(folder, index)
     if not (folder / component).is_dir():
@@ -77,10 +80,11 @@ def load_model(
         (part, entry) for part, entry in index.items() if _is_component(part, entry) and part != component
     ]
     weights = [_check_component(folder / part, entry, variant) for part, entry in others]
-    denoiser = _load_denoiser(folder / component, variant, dtype)
+    denoiser, stored = _load_denoiser(folder / component, variant, dtype)
     pickled = any(files is not None and files.pickled for files in weights)
     pipeline = _load_pipeline(folder, index, {component: denoiser}, variant=variant, pickled=pickled)
-    return _loaded(name=name, folder=folder, pipeline=pipeline, denoiser=denoiser, component=component)
+    loaded = _loaded(name=name, folder=folder, pipeline=pipeline, denoiser=denoiser, component=component)
+    return replace(loaded, stored_dtype=stored)
 
 
 def loaded_from_denoiser(denoiser: nn.Module, *, name: str) -> LoadedModel:
@@ -181,7 +185,10 @@ def _check_component(folder: Path, entry: list[str], variant: str | None) -> Wei
     return weights
 
 
-def _load_denoiser(folder: Path, variant: str | None, dtype: torch.dtype | None) -> nn.Module:
+def _load_denoiser(
+    folder: Path, variant: str | None, dtype: torch.dtype | None
+) -> tuple[nn.Module, WeightsDtype | None]:
+    """The denoiser, and the type of its weights on disk (None when only a conversion makes it usable)."""
     config = read_json(folder / "config.json")
     if "_class_name" not in config:
         raise ModelError(
@@ -198,12 +205,13 @@ def _load_denoiser(folder: Path, variant: str | None, dtype: torch.dtype | None)
         )
     weights = find_weights(folder, variant)
     check_weights(weights)
+    stored = stored_dtype(weights, strict=dtype is None)
     try:
         with quiet_libraries():
             denoiser, info = cls.from_pretrained(  # type: ignore[attr-defined]  # diffusers is untyped
                 folder,
                 variant=variant,
-                dtype=dtype or _DTYPES[stored_dtype(weights)],
+                dtype=dtype or _DTYPES[stored],
                 use_safetensors=not weights.pickled,
                 low_cpu_mem_usage=True,
                 local_files_only=True,
@@ -219,7 +227,9 @@ def _load_denoiser(folder: Path, variant: str | None, dtype: torch.dtype | None)
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         logger.warning("%s: %d tensors have no place in the model, e.g. %s", folder, len(extra), extra[0])
-    return cast("nn.Module", denoiser).eval()
+    return cast("nn.Module", denoiser).eval(), cast(
+        "WeightsDtype | None", stored if stored in _DTYPES else None
+    )
 
 
 def _load_pipeline(

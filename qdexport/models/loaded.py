@@ -47,6 +47,8 @@ class LoadedModel:
         weights_dtype: Floating-point type of the denoiser's weights in memory.
         evaluator: Weights of the network that reads this model's images, or None.
         defaults: How the model is usually sampled.
+        stored_dtype: Type of the weights in their file, before any conversion; None for a denoiser made in
+            memory.
     """
 
     name: str
@@ -58,3 +60,4 @@ class LoadedModel:
     weights_dtype: WeightsDtype
     evaluator: Path | None
     defaults: SamplingDefaults
+    stored_dtype: WeightsDtype | None = None

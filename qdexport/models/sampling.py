@@ -285,10 +285,20 @@ def _arguments(loaded: LoadedModel, request: SampleRequest, start: int) -> dict[
         "output_type": "pt",
     }
     if "prompt" not in known:
+        _refuse_other_size(loaded, request)
         return {**arguments, "batch_size": len(prompts)}
     scale = loaded.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     height, width = _pixel_size(loaded, request)
     return {**arguments, "prompt": prompts, "guidance_scale": scale, "height": height, "width": width}
+
+
+def _refuse_other_size(loaded: LoadedModel, request: SampleRequest) -> None:
+    own = (loaded.defaults.height, loaded.defaults.width)
+    if request.height not in (None, own[0]) or request.width not in (None, own[1]):
+        raise ModelError(
+            f"{type(loaded.pipeline).__name__} makes images of its own size only ({own[0]} x {own[1]}); "
+            "leave height and width out"
+        )
 
 
 def _pixel_size(loaded: LoadedModel, request: SampleRequest) -> tuple[int, int]:

@@ -104,11 +104,15 @@ def variants_in(folder: Path) -> list[str]:
     return sorted({match[1] for match in matches if match is not None})
 
 
-def stored_dtype(weights: WeightFiles) -> str:
-    """The type of most floating-point weights on disk: `fp32`, `fp16` or `bf16`.
+def stored_dtype(weights: WeightFiles, *, strict: bool = True) -> str:
+    """The type of most weights on disk: `fp32`, `fp16` or `bf16`.
+
+    Args:
+        weights: The files.
+        strict: Refuses other types (float8, integers); else their own names are returned.
 
     Raises:
-        ModelError: Most of the weights have another type (float8, integers).
+        ModelError: There are no tensors, or most of them have another type.
     """
     sizes: Counter[str] = Counter()
     for path in weights.files:
@@ -122,7 +126,7 @@ def stored_dtype(weights: WeightFiles) -> str:
     if not sizes:
         raise ModelError(f"{weights.files[0]} holds no tensors; download the model again")
     dtype, _ = sizes.most_common(1)[0]
-    if dtype not in _SAFETENSORS_DTYPES.values():
+    if strict and dtype not in _SAFETENSORS_DTYPES.values():
         raise ModelError(
             f"the weights in {weights.files[0].parent} are stored as {dtype}, not as fp32, fp16 or bf16; "
             "give torch_dtype to convert them while loading, or start from the unquantized checkpoint"

@@ -90,7 +90,7 @@ def test_component_alone(tiny_folders: dict[str, Path]) -> None:
 def test_stored_type_is_kept(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     folder = save_tiny_pipeline(tmp_path / name, "sd", TinyOptions(dtype=dtype))
     loaded = load_model(folder)
-    assert loaded.weights_dtype == name
+    assert loaded.weights_dtype == loaded.stored_dtype == name
     assert {p.dtype for p in loaded.denoiser.parameters()} == {dtype}
     assert loaded.pipeline is not None
     assert loaded.pipeline.text_encoder.dtype == loaded.pipeline.vae.dtype == dtype
@@ -99,9 +99,20 @@ def test_stored_type_is_kept(tmp_path: Path, dtype: torch.dtype, name: str) -> N
 @pytest.mark.parametrize("asked", ["fp16", torch.float16])
 def test_type_on_request(asked: Any, tiny_folders: dict[str, Path]) -> None:
     loaded = load_model(tiny_folders["sd"], torch_dtype=asked)
-    assert loaded.weights_dtype == "fp16"
+    assert (loaded.weights_dtype, loaded.stored_dtype) == ("fp16", "fp32")
     stored = load_file(tiny_folders["sd"] / UNET_FILE)["conv_in.weight"]
     assert torch.equal(loaded.denoiser.get_parameter("conv_in.weight"), stored.half())
+
+
+def test_float8_checkpoint_needs_a_conversion(tiny_copy: Copy) -> None:
+    folder = tiny_copy()
+    tensors = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(folder / UNET_FILE).items()}
+    save_file(tensors, folder / UNET_FILE, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="stored as F8_E4M3, not as fp32, fp16 or bf16; give torch_dtype"):
+        load_model(folder)
+    loaded = load_model(folder, torch_dtype="fp32")
+    assert (loaded.weights_dtype, loaded.stored_dtype) == ("fp32", None)
+    assert torch.equal(loaded.denoiser.get_parameter("conv_in.weight"), tensors["conv_in.weight"].float())
 
 
 @pytest.mark.parametrize("asked", ["int8", torch.float64])
