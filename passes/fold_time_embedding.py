@@ -5,7 +5,8 @@ After:  ``timestep -> Gather(row index) -> Gather(table) -> Split -> Add``
 
 Identity: a function of ``t`` alone is its table over the timesteps that occur. The rows are evaluated in FP32 and
 rounded once to the body's type. Where text or a class enters the embedding (SDXL), only the part before is tabled.
-Exact up to that rounding; a timestep without a row reads NaN, so that it can never pass unnoticed.
+Exact up to that rounding. A timestep without a row reads NaN, so that it can never pass unnoticed; since a quantizer
+would turn that into a code like any other, a column that is 0 in every row is also added to the outputs of the network.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["FoldTimeEmbedding"]
 
 _BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
+_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _MODULE = "time_table"
 
 
@@ -52,7 +54,7 @@ class FoldTimeEmbedding:
         rows = [_evaluate_rows(model, timestep, frontier, step) for step in context.timesteps]
         table = np.stack(rows)
         report.touched.extend(sorted({module_of(node) for value in frontier if (node := value.producer())}))
-        _write_table(timestep, frontier, table, context)
+        _guard_outputs(model, _write_table(timestep, frontier, table, context))
         remove_unused(model)
 
 
@@ -159,13 +161,17 @@ def _in_float32(model: ir.Model) -> ir.Model:
     return model
 
 
-def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext) -> None:
+def _write_table(
+    timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext
+) -> ir.Value:
+    """Lets the table make all values of the frontier; returns the column that is 0 where there is a row, else NaN."""
     first = next(node for node in frontier[0].graph or () if any(value in frontier for value in node.outputs))
     writer = NodeWriter(first, _MODULE)
     types = {dtype_of(value) for value in frontier}
     body = types.pop() if len(types) == 1 else ir.DataType.FLOAT
     index = np.full(context.training_steps, len(table), np.int64)
     index[np.array(context.timesteps)] = np.arange(len(table))
+    table = np.concatenate([table, np.zeros((len(table), 1), np.float32)], axis=1)
     poisoned = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)]).astype(body.numpy())
     row = writer.op("Gather", [writer.constant("row_of_timestep", index), timestep], like=timestep)
     count = shape_of(timestep)[0]
@@ -173,11 +179,29 @@ def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.nda
         "Gather", [writer.constant("rows", poisoned), row], dtype=body, shape=[count, table.shape[1]]
     )
     shapes = [[count, *list(shape_of(value))[1:]] for value in frontier]
-    widths = [int(np.prod(shape[1:])) for shape in shapes]
+    widths = [*(int(np.prod(shape[1:])) for shape in shapes), 1]
     sizes = writer.constant("widths", np.array(widths, np.int64))
-    parts = writer.many("Split", [values, sizes], {"axis": 1}, [[count, width] for width in widths])
+    *parts, guard = writer.many("Split", [values, sizes], {"axis": 1}, [[count, width] for width in widths])
     for value, part, shape in zip(frontier, parts, shapes, strict=True):
         if len(shape) != 2:
             target = writer.constant("shape", np.array([-1, *shape[1:]], np.int64))
             part = writer.op("Reshape", [part, target], dtype=body, shape=shape)  # noqa: PLW2901 the same value, reshaped
         replace_value(value, writer.cast(part, dtype_of(value)))
+    return guard
+
+
+def _guard_outputs(model: ir.Model, guard: ir.Value) -> None:
+    """Adds 0, or NaN for a timestep without a row, to every floating-point output."""
+    for output in list(model.graph.outputs):
+        node = output.producer()
+        if node is None or output.dtype not in _FLOATS:
+            continue
+        writer = NodeWriter(node, _MODULE, after=True)
+        rank, count = len(shape_of(output)), shape_of(guard)[0]
+        column = guard
+        if rank != 2:
+            target = writer.constant("guard_shape", np.array([-1] + [1] * (rank - 1), np.int64))
+            column = writer.op("Reshape", [guard, target], dtype=guard.dtype, shape=[count] + [1] * (rank - 1))
+        total = writer.op("Add", [output, writer.cast(column, dtype_of(output))], like=output)
+        adding = total.producer()
+        replace_value(output, total, keep=[] if adding is None else [adding])
