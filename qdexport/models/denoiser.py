@@ -1,13 +1,14 @@
 """Facts about a denoiser's structure, read from the module itself: no list of layer names, no model families.
 
-`time_layers`, `input_groups` and `layer_macs` come from a pass without data (`qdexport.models.trace`),
-which takes 1 to 2 s for SDXL. `shortcut_splits` is read from the widths of the blocks.
+`time_layers`, `input_groups` and `layer_macs` come from a pass without data, 1 to 2 s for SDXL; who asks for
+several of them makes one `trace_denoiser` and gives it to all. `shortcut_splits` is read from the widths of
+the blocks.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -44,6 +45,8 @@ __all__ = [
     "trace_denoiser",
 ]
 
+Trace = Mapping[str, LayerTrace]
+
 
 def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Every Conv2d and Linear (subclasses too) by module path, in the order of the module tree."""
@@ -52,23 +55,23 @@ def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def time_layers(denoiser: nn.Module) -> frozenset[str]:
+def time_layers(denoiser: nn.Module, *, trace: Trace | None = None) -> frozenset[str]:
     """The layers whose input depends on the timestep alone: their outputs are rows of a table.
 
     In a UNet without added conditions, the time embedding and every block's time projection; with class
     labels or added text (SDXL) in the sum, the time embedding only.
     """
-    trace = trace_denoiser(denoiser, _smallest_io(denoiser))
+    trace = trace or trace_denoiser(denoiser, _smallest_io(denoiser))
     return frozenset(name for name, layer in trace.items() if layer.sources == {"timestep"})
 
 
-def input_groups(denoiser: nn.Module) -> dict[str, str]:
+def input_groups(denoiser: nn.Module, *, trace: Trace | None = None) -> dict[str, str]:
     """The layers that read equal tensors, as layer to group name; a layer that shares with none is left out.
 
     Names: `<attention>.qkv` for a self-attention, `encoder_hidden_states` for the keys and values of all
     cross-attentions that read the text as it is, `time_emb` for the time projections of all blocks.
     """
-    trace = trace_denoiser(denoiser, _smallest_io(denoiser))
+    trace = trace or trace_denoiser(denoiser, _smallest_io(denoiser))
     by_value: defaultdict[int, list[LayerTrace]] = defaultdict(list)
     for layer in trace.values():
         if layer.value is not None:
@@ -83,9 +86,9 @@ def input_groups(denoiser: nn.Module) -> dict[str, str]:
     return groups
 
 
-def layer_macs(denoiser: nn.Module, io: IoSpec) -> dict[str, int]:
+def layer_macs(denoiser: nn.Module, io: IoSpec, *, trace: Trace | None = None) -> dict[str, int]:
     """Multiply-accumulates of every layer in one call at the best sizes; 0 for a layer that does not run."""
-    trace = trace_denoiser(denoiser, io)
+    trace = trace or trace_denoiser(denoiser, io)
     return {name: trace[name].macs if name in trace else 0 for name in quantizable_layers(denoiser)}
 
 

@@ -190,6 +190,15 @@ def test_shortcut_splits_are_the_widths_that_are_joined(
     assert shortcut_splits(denoiser) == expected
 
 
+def test_one_trace_serves_all_facts() -> None:
+    unet = random_unet("tiny_sdxl")
+    io = io_spec(unet, Shapes(), "fp32")
+    trace = trace_denoiser(unet, io)
+    assert time_layers(unet, trace=trace) == time_layers(unet)
+    assert input_groups(unet, trace=trace) == input_groups(unet)
+    assert layer_macs(unet, io, trace=trace) == layer_macs(unet, io)
+
+
 def test_group_names() -> None:
     groups = input_groups(random_unet("tiny_sd"))
     attention = "mid_block.attentions.0.transformer_blocks.0"
