@@ -1,0 +1,275 @@
+"""Compiler parity: fake-quant PyTorch against the ONNX file, layer by layer on equal inputs, and end to end.
+
+A network-wide comparison neither passes when a quantized network is right nor tells where it is wrong: a
+difference in the last bit flips a code, and the network multiplies it. Each layer on its own, fed with the same
+tensor, has to agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from qdexport.check.calls import fit_inputs
+from qdexport.check.measure import WORST_DB, flip_rate
+from qdexport.check.runs import Feed, compare_with_onnx
+from qdexport.core.carrier import carrier_offset
+from qdexport.core.io_spec import IoSpec
+from qdexport.core.results import LayerParity
+from qdexport.core.spec import LayerPlan
+from qdexport.errors import ParityError
+from qdexport.graph.probe import build_probe, find_probes, weight_codes
+from qdexport.models.denoiser import call_denoiser
+from qdexport.models.sampling import DenoiserCall
+from qdexport.quant.affine import quantize_codes
+from qdexport.quant.modules import ActivationQuantizer, QuantSplitConv2d, WeightQuantizer
+from qdexport.quant.ops import NO_AXIS
+
+__all__ = ["end_to_end", "layer_parity"]
+
+logger = logging.getLogger(__name__)
+
+OnCall = Callable[[int, int], None]
+_CHUNK_BYTES = 256 << 20
+
+
+def layer_parity(
+    qm: Any, onnx_path: Path, io: IoSpec, calls: Sequence[DenoiserCall], on_progress: OnCall | None = None
+) -> list[LayerParity]:
+    """Compares every quantized layer on the inputs that it has in the given denoiser calls.
+
+    Layers are cut out of the ONNX file and run in chunks as PyTorch reaches them, so that the memory beyond the
+    two models stays below some hundred megabytes.
+
+    Args:
+        qm: the fake-quant model.
+        onnx_path: the emitted file.
+        io: its inputs.
+        calls: at three timesteps or more, the first and the last of a schedule among them.
+        on_progress: called with the denoiser calls done and their total.
+
+    Returns:
+        One entry per quantized layer (per part of a split layer), in the plan's order: the worst of all calls.
+
+    Raises:
+        ParityError: a layer is not quantized in the file, does not run in PyTorch, or the file cannot be run.
+    """
+    plans = [plan for plan in qm.plans if plan.quantized]
+    comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts])
+    for done, call in enumerate(calls):
+        inputs = fit_inputs(call.inputs, io)
+        comparison.start({name: tensor.numpy() for name, tensor in inputs.items()})
+        with torch.no_grad(), _tapped(qm.denoiser, plans, comparison):
+            call_denoiser(qm.denoiser, inputs)
+        comparison.finish()
+        if on_progress is not None:
+            on_progress(done + 1, len(calls))
+    return comparison.results(len(calls))
+
+
+def end_to_end(qm: Any, onnx_path: Path, io: IoSpec, calls: Sequence[DenoiserCall]) -> float:
+    """The SQNR of whole denoiser calls in decibels, ONNX Runtime against fake-quant PyTorch: their median.
+
+    Raises:
+        ParityError: the file cannot be run on these calls.
+    """
+    feeds = [{name: tensor.numpy() for name, tensor in fit_inputs(call.inputs, io).items()} for call in calls]
+    output = io.outputs[0].name
+
+    def reference(feed: Feed) -> Feed:
+        with torch.no_grad():
+            inputs = {name: torch.from_numpy(array) for name, array in feed.items()}
+            return {output: call_denoiser(qm.denoiser, inputs).numpy()}
+
+    matches = compare_with_onnx(onnx_path, reference, feeds)
+    return statistics.median(match[output].sqnr_db for match in matches)
+
+
+@dataclass(slots=True)
+class _Worst:
+    """The worst that was seen of one layer."""
+
+    sqnr_db: float = np.inf
+    codes: float = 0.0
+    weight: float | None = None
+    calls: int = 0
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Layers whose tensors wait for their run in ONNX Runtime."""
+
+    names: list[str] = field(default_factory=list)
+    feed: Feed = field(default_factory=dict)
+    expected: Feed = field(default_factory=dict)
+    bytes: int = 0
+
+
+class _Comparison:
+    """Takes tensors of layers from PyTorch, runs the same layers in ONNX Runtime, and keeps the worst."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._model = ir.load(path)
+        self._folder = path.parent
+        self._probes = find_probes(self._model, names)
+        self._worst = {name: _Worst() for name in names}
+        self._inputs: Feed = {}
+        self._chunk = _Chunk()
+
+    def start(self, inputs: Feed) -> None:
+        """Begins a denoiser call."""
+        self._inputs = inputs
+        self._chunk = _Chunk()
+
+    def weight(self, name: str, quantizer: WeightQuantizer, weight: Tensor) -> None:
+        """Compares the codes of a layer's weight, once."""
+        worst = self._worst[name]
+        if worst.weight is not None:
+            return
+        axis = 0 if quantizer.scale.dim() == 2 else NO_AXIS
+        scale, zero = (
+            _along(table[0], axis, weight.dim()) for table in (quantizer.scale, quantizer.zero_point)
+        )
+        codes = quantize_codes(weight, scale, zero, quantizer.spec.qmin, quantizer.spec.qmax) - zero
+        stored = weight_codes(self._probes[name])
+        worst.weight = flip_rate(codes.to(torch.int16).numpy(), stored.astype(np.int16))
+        if stored.shape != tuple(codes.shape):
+            logger.warning(
+                "the weight of %s is %s in the ONNX file, %s in PyTorch",
+                name,
+                stored.shape,
+                tuple(codes.shape),
+            )
+            worst.sqnr_db, worst.codes = WORST_DB, 1.0
+
+    def layer(self, name: str, quantizer: ActivationQuantizer, x: Tensor, y: Tensor) -> None:
+        """Takes one layer's input and output."""
+        worst = self._worst[name]
+        worst.calls += 1
+        if worst.sqnr_db == WORST_DB:
+            return  # a layer of another shape cannot be run
+        probe = self._probes[name]
+        array = x.numpy(force=True).copy()  # the network may write into its tensors afterwards
+        dtype = probe.x.dtype
+        chunk = self._chunk
+        chunk.names.append(name)
+        chunk.feed[probe.x_name] = array if dtype is None else array.astype(dtype.numpy(), copy=False)
+        chunk.expected[probe.codes_name] = _codes(quantizer, x, probe.pads)
+        chunk.expected[probe.y_name] = y.numpy(force=True).copy()
+        chunk.bytes += 2 * array.nbytes + 2 * y.nbytes
+        if chunk.bytes > _CHUNK_BYTES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Runs the layers that wait."""
+        chunk, self._chunk = self._chunk, _Chunk()
+        if not chunk.names:
+            return
+        probe = build_probe(self._model, [self._probes[name] for name in chunk.names])
+        fixed = {
+            value.name: self._inputs[value.name] for value in probe.graph.inputs if value.name in self._inputs
+        }
+        serialized = ir.to_proto(probe).SerializeToString()
+        (matches,) = compare_with_onnx(
+            serialized,
+            lambda _: chunk.expected,
+            [{**fixed, **chunk.feed}],
+            layers=chunk.names,
+            data_folder=self._folder,
+        )
+        for name, match in matches.items():
+            worst = self._worst[name]
+            worst.sqnr_db = min(worst.sqnr_db, match.sqnr_db)
+            worst.codes = max(worst.codes, match.flip_rate)
+
+    def results(self, calls: int) -> list[LayerParity]:
+        """One entry per layer."""
+        idle = [name for name, worst in self._worst.items() if worst.calls < calls or worst.weight is None]
+        if idle:
+            raise ParityError(
+                f"{len(idle)} quantized layers do not run in PyTorch, the first is {idle[0]}; plan the "
+                "model again"
+            )
+        return [
+            LayerParity(
+                name=name,
+                sqnr_db=worst.sqnr_db,
+                code_flip_rate=max(worst.codes, worst.weight or 0.0),
+                weight_flip_rate=worst.weight or 0.0,
+                steps=calls,
+            )
+            for name, worst in self._worst.items()
+        ]
+
+
+@contextlib.contextmanager
+def _tapped(denoiser: nn.Module, plans: Sequence[LayerPlan], comparison: _Comparison) -> Iterator[None]:
+    """Hands the tensors of every planned layer to the comparison while the denoiser runs."""
+    hooks = []
+    for plan in plans:
+        layer: Any = denoiser.get_submodule(plan.name)
+        split = isinstance(layer, QuantSplitConv2d)
+        quantizers = layer.weight_quantizers if split else [layer.weight_quantizer]
+        for part, quantizer in zip(plan.parts, quantizers, strict=True):
+            hooks.append(quantizer.register_forward_pre_hook(partial(_take_weight, comparison, part)))
+        take = _take_parts if split else _take_layer
+        hooks.append(layer.register_forward_hook(partial(take, comparison, plan.name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take_weight(comparison: _Comparison, name: str, quantizer: Any, args: tuple[Tensor, ...]) -> None:
+    comparison.weight(name, quantizer, args[0])
+
+
+def _take_layer(comparison: _Comparison, name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+    comparison.layer(name, layer.input_quantizer, args[0], y)
+
+
+def _take_parts(comparison: _Comparison, name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+    del y  # the sum of the parts, which are compared one by one
+    kernels = torch.split(layer.weight, layer.splits, dim=1)
+    for index, x in enumerate(torch.split(args[0], layer.splits, dim=1)):
+        quantizer, weights = layer.input_quantizers[index], layer.weight_quantizers[index]
+        bias = layer.bias if index == 0 else None
+        comparison.layer(
+            f"{name}#{index}", quantizer, x, layer._conv_forward(quantizer(x), weights(kernels[index]), bias)
+        )
+
+
+def _codes(quantizer: ActivationQuantizer, x: Tensor, pads: tuple[int, ...]) -> np.ndarray:
+    """The codes as the ONNX file should have them: less the zero point, or the offset of the INT8 carrier."""
+    spec = quantizer.spec
+    row = None if quantizer.scale.shape[0] == 1 or quantizer.context is None else quantizer.context.row
+    index = torch.zeros(1, dtype=torch.int64) if row is None else row
+    shape = [-1] + [1] * (x.dim() - 1)
+    scale, zero = quantizer.scale[index].reshape(shape), quantizer.zero_point[index].reshape(shape)
+    if pads:
+        half = len(pads) // 2
+        # torch counts from the last dimension
+        widths = [width for axis in reversed(range(half)) for width in (pads[axis], pads[half + axis])]
+        x = nn.functional.pad(x, widths)
+    codes = quantize_codes(x, scale, zero, spec.qmin, spec.qmax)
+    offset = carrier_offset(spec.qmin, spec.qmax, quantizer.zero_point.numpy())
+    return (codes - (zero if offset is None else offset)).to(torch.int16).numpy()
+
+
+def _along(values: Tensor, axis: int, rank: int) -> Tensor:
+    shape = [1] * rank
+    if axis != NO_AXIS:
+        shape[axis] = -1
+    return values.reshape(shape)

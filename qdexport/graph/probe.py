@@ -1,0 +1,267 @@
+"""Cuts quantized layers out of an emitted graph, so that each can be fed and read on its own.
+
+A probe is a model with a fresh input ``L/x`` (what the quantizer of layer L reads) and two outputs per layer:
+the integer codes ``L/codes`` and the layer's output ``L/y``, up to, not including, the next quantizer. What
+depends on the timestep alone (rows of step tables) is kept and fed as in the whole graph; everything else is
+left out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from qdexport.errors import ParityError
+from qdexport.graph.query import COMPUTE_OPS, const_or_none, int_attr, ints_attr, only_consumer, value_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import numpy as np
+
+__all__ = ["LayerProbe", "build_probe", "find_probes", "weight_codes"]
+
+# what may stand between the integer codes of a weight and the layer
+_PASSIVE = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+_INPUT_QUANTIZER = re.compile(r".*\.input_quantizers?(\.\d+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProbe:
+    """Where one quantized layer lies in a graph.
+
+    Attributes:
+        name: the layer's torch path, or ``path#i`` for a part of a split layer.
+        node: its convolution or product.
+        x: the tensor that its quantizer reads.
+        codes: the output of its QuantizeLinear.
+        y: the layer's output before the next quantizer.
+        pads: ONNX padding (begins, then ends) between ``x`` and the codes; empty when there is none.
+        weight: the integer initializer of its weight.
+        weight_transposed: whether that is ``[K, N]``, torch's weight transposed.
+    """
+
+    name: str
+    node: ir.Node
+    x: ir.Value
+    codes: ir.Value
+    y: ir.Value
+    pads: tuple[int, ...]
+    weight: ir.Value
+    weight_transposed: bool
+
+    @property
+    def x_name(self) -> str:
+        """The probe's input."""
+        return f"{self.name}/x"
+
+    @property
+    def codes_name(self) -> str:
+        """The probe's first output."""
+        return f"{self.name}/codes"
+
+    @property
+    def y_name(self) -> str:
+        """The probe's second output."""
+        return f"{self.name}/y"
+
+
+def find_probes(model: ir.Model, names: Iterable[str]) -> dict[str, LayerProbe]:
+    """Finds quantized layers by the node names ``name/Conv``, ``name/MatMul`` and ``name/Gemm``.
+
+    Args:
+        model: an emitted graph; nothing in it is changed, weights are not read.
+        names: layers, and parts ``name#i`` of split layers.
+
+    Raises:
+        ParityError: a layer has no such node, or an operand of it is not quantized; the layer is named.
+    """
+    nodes = {node.name: node for node in model.graph if node.op_type in COMPUTE_OPS}
+    probes = {}
+    for name in names:
+        node = next((nodes[key] for op in sorted(COMPUTE_OPS) if (key := f"{name}/{op}") in nodes), None)
+        if node is None:
+            raise ParityError(
+                f"the ONNX file has no node {name}/Conv, {name}/MatMul or {name}/Gemm, but layer {name} was "
+                "planned as quantized; export the model again"
+            )
+        probes[name] = _probe(name, node)
+    return probes
+
+
+def weight_codes(probe: LayerProbe) -> np.ndarray:
+    """The integer codes of a layer's weight, in torch's layout (output channels first)."""
+    codes = const_or_none(probe.weight)
+    if codes is None:
+        raise ParityError(
+            f"the weight codes of layer {probe.name}, {value_name(probe.weight)}, are not in the ONNX file"
+        )
+    return codes.T if probe.weight_transposed else codes
+
+
+def build_probe(model: ir.Model, probes: Sequence[LayerProbe]) -> ir.Model:
+    """A model of the given layers alone, each with an input and outputs of its own.
+
+    Args:
+        model: the graph that the probes were found in.
+        probes: any subset of them.
+
+    Returns:
+        A new graph. Tensors are shared with ``model``, so external data stays where it is and is not read.
+
+    Raises:
+        ParityError: the type of a layer's input is not in the file.
+    """
+    cut = _Cut()
+    outputs = [value for probe in probes for value in cut.layer(probe)]
+    graph = ir.Graph(
+        inputs=cut.inputs,
+        outputs=outputs,
+        nodes=cut.nodes,
+        initializers=cut.initializers,
+        opset_imports=dict(model.graph.opset_imports),
+        name="probe",
+    )
+    return ir.Model(graph, ir_version=model.ir_version)
+
+
+def _module(node: ir.Node) -> str:
+    """The torch path in a node's name; emitted files carry no other."""
+    return (node.name or "").rpartition("/")[0]
+
+
+def _in_quantizer(node: ir.Node) -> bool:
+    return _INPUT_QUANTIZER.fullmatch(_module(node)) is not None
+
+
+def _probe(name: str, node: ir.Node) -> LayerProbe:
+    x, codes, pads = _walk_to_input(name, node)
+    weight, transposed = _walk_to_weight(name, node)
+    return LayerProbe(
+        name=name,
+        node=node,
+        x=x,
+        codes=codes,
+        y=_walk_to_output(name, node),
+        pads=pads,
+        weight=weight,
+        weight_transposed=transposed,
+    )
+
+
+def _walk_to_input(name: str, node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, ...]]:
+    value = node.inputs[0]
+    codes: ir.Value | None = None
+    pads: tuple[int, ...] = ()
+    while value is not None:
+        producer = value.producer()
+        if producer is None or not _in_quantizer(producer):
+            break
+        if producer.op_type == "QuantizeLinear":
+            codes = producer.outputs[0]
+        elif producer.op_type == "Pad":
+            widths = const_or_none(producer.inputs[1])
+            pads = () if widths is None else tuple(int(width) for width in widths)
+        value = producer.inputs[0]
+    if value is None or codes is None:
+        raise ParityError(
+            f"the input of layer {name} does not come from an input quantizer in the ONNX file, but the "
+            "layer was planned as quantized; export the model again"
+        )
+    return value, codes, pads
+
+
+def _walk_to_weight(name: str, node: ir.Node) -> tuple[ir.Value, bool]:
+    transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not int_attr(node, "transB", 0))
+    value, dequantized = node.inputs[1], False
+    while value is not None and const_or_none(value) is None:
+        producer = value.producer()
+        if producer is None:
+            break
+        if producer.op_type == "DequantizeLinear" and not dequantized:
+            dequantized = True
+        elif producer.op_type == "Transpose" and ints_attr(producer, "perm", (1, 0)) == (1, 0):
+            transposed = not transposed
+        elif producer.op_type not in _PASSIVE:
+            break
+        value = producer.inputs[0]
+    if value is None or not dequantized or const_or_none(value) is None:
+        raise ParityError(
+            f"the weight of layer {name} is not stored as integers in the ONNX file, but the layer was "
+            "planned as quantized; export the model again"
+        )
+    return value, transposed
+
+
+def _walk_to_output(name: str, node: ir.Node) -> ir.Value:
+    value = node.outputs[0]
+    while True:
+        reader = only_consumer(value)
+        if reader is None or _module(reader) != name:
+            return value
+        value = reader.outputs[0]
+
+
+class _Cut:
+    """Copies what layers need; what does not depend on a layer's input is copied once for all of them."""
+
+    def __init__(self) -> None:
+        self.inputs: list[ir.Value] = []
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+        self._shared: dict[ir.Value, ir.Value] = {}
+
+    def layer(self, probe: LayerProbe) -> tuple[ir.Value, ir.Value]:
+        """Copies one layer; returns its two outputs."""
+        if probe.x.dtype is None:
+            raise ParityError(
+                f"the type of {value_name(probe.x)}, the input of layer {probe.name}, is not in the ONNX file"
+            )
+        own = {probe.x: self._input(probe.x, probe.x_name)}
+        codes, y = (self._copy(value, own, probe.name) for value in (probe.codes, probe.y))
+        codes.name, y.name = probe.codes_name, probe.y_name
+        return codes, y
+
+    def _input(self, like: ir.Value, name: str | None) -> ir.Value:
+        value = ir.Value(name=name, shape=like.shape, type=like.type)
+        self.inputs.append(value)
+        return value
+
+    def _copy(self, value: ir.Value, own: dict[ir.Value, ir.Value], prefix: str) -> ir.Value:
+        for scope in (own, self._shared):
+            if value in scope:
+                return scope[value]
+        producer = value.producer()
+        if producer is None:
+            self._shared[value] = self._leaf(value)
+            return self._shared[value]
+        inputs = [None if item is None else self._copy(item, own, prefix) for item in producer.inputs]
+        local = any(item in own for item in producer.inputs if item is not None)
+        scope = own if local else self._shared
+        label = f"{prefix}:" if local else ""
+        outputs = [
+            ir.Value(name=f"{label}{item.name}", shape=item.shape, type=item.type)
+            for item in producer.outputs
+        ]
+        self.nodes.append(
+            ir.Node(
+                producer.domain,
+                producer.op_type,
+                inputs,
+                producer.attributes.values(),
+                outputs=outputs,
+                name=f"{label}{producer.name}",
+            )
+        )
+        scope.update(zip(producer.outputs, outputs, strict=True))
+        return scope[value]
+
+    def _leaf(self, value: ir.Value) -> ir.Value:
+        if value.const_value is None:
+            return self._input(value, value.name)
+        copy = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+        self.initializers.append(copy)
+        return copy
