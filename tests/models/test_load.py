@@ -79,6 +79,12 @@ def test_defaults_of_a_consistency_model(tmp_path: Path) -> None:
     assert (defaults.steps, defaults.guidance_scale, defaults.cfg) == (4, 1.0, False)
 
 
+def test_bundled_turbo_model() -> None:
+    loaded = load_model("shapes-turbo")
+    assert loaded.evaluator is not None
+    assert (loaded.defaults.steps, loaded.defaults.guidance_scale, loaded.defaults.cfg) == (4, 1.0, False)
+
+
 def test_component_alone(tiny_folders: dict[str, Path]) -> None:
     loaded = load_model(tiny_folders["sd"] / "unet")
     assert (loaded.pipeline, loaded.scheduler) == (None, None)

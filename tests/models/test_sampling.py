@@ -59,6 +59,37 @@ def test_images_do_not_depend_on_the_batch(family: str, tiny_models: dict[str, L
     assert np.abs(sample(loaded, _request(seed=1))[:2] - together[:2]).max() > 0.1
 
 
+def test_latent_diffusion_without_text(tmp_path: Path) -> None:
+    import diffusers
+
+    vqvae = diffusers.VQModel(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=3,
+        norm_num_groups=4,
+        num_vq_embeddings=16,
+    )
+    unet, scheduler = random_unet("tiny_unet2d"), diffusers.DDIMScheduler()
+    diffusers.LDMPipeline(vqvae=vqvae, unet=unet, scheduler=scheduler).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    images = sample(loaded, _request())  # this pipeline returns [N, H, W, C] whatever it is asked for
+    assert images.shape == (3, 3, 16, 16)
+    assert [call.timestep for call in record_calls(loaded, _request())] == schedule(loaded, 3)
+
+
+def test_ancestral_sampling_in_pixel_space(tmp_path: Path) -> None:
+    import diffusers
+
+    unet = random_unet("tiny_unet2d")
+    diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    # the noise of every step is per image too; tolerance as above
+    np.testing.assert_allclose(
+        sample(loaded, _request(batch_size=1)), sample(loaded, _request()), rtol=0, atol=1e-3
+    )
+
+
 def test_image_i_has_the_seed_plus_i(tiny_models: dict[str, LoadedModel]) -> None:
     images = sample(tiny_models["sd"], _request(seed=10))
     last = sample(tiny_models["sd"], _request(seed=12, prompts=PROMPTS[2:]))
