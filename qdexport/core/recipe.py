@@ -156,9 +156,11 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     is_path = source.endswith((".yaml", ".yml"))
     if is_path and not Path(source).is_file():
         raise RecipeError(f"recipe file {source} does not exist")
-    text = Path(source).read_text(encoding="utf-8") if is_path else preset_text(source)
     try:
+        text = Path(source).read_text(encoding="utf-8") if is_path else preset_text(source)
         data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {source} cannot be read as UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{source} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -172,9 +174,27 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        data = data.setdefault(part, {})
-    data[path[-1]] = value
+    """Sets one value inside nested mappings and lists; mappings that are missing are made."""
+    item: Any = data
+    for index, part in enumerate(path):
+        parent, key = ".".join(path[:index]), part if isinstance(item, dict) else _position(item, path, index)
+        if index == len(path) - 1:
+            item[key] = value
+        elif isinstance(item, dict) and item.get(key) is None:
+            item[key] = item = {}
+        else:
+            item = item[key]
+            if not isinstance(item, dict | list):
+                raise RecipeError(f"cannot set {'.'.join(path)}: {f'{parent}.{part}'.lstrip('.')} is no mapping")
+
+
+def _position(item: list[Any], path: list[str], index: int) -> int:
+    parent = ".".join(path[:index])
+    if not path[index].isdigit():
+        raise RecipeError(f"cannot set {'.'.join(path)}: {parent} is a list; number its entries, as in {parent}.0")
+    if int(path[index]) >= len(item):
+        raise RecipeError(f"cannot set {'.'.join(path)}: {parent} has {len(item)} entries, counted from 0")
+    return int(path[index])
 
 
 def _explain(source: str, text: str, error: ValidationError) -> str:

@@ -21,7 +21,7 @@ ArtifactKind = Literal["checkpoint", "onnx", "engine", "plan", "report", "images
 
 # JSON has no infinity; identical tensors have infinite SQNR, written as 999 dB
 _INFINITE_DB = 999.0
-Decibel = Annotated[float, PlainSerializer(lambda v: min(v, _INFINITE_DB) if not math.isnan(v) else -_INFINITE_DB)]
+Decibel = Annotated[float, PlainSerializer(lambda v: -_INFINITE_DB if math.isnan(v) else max(-_INFINITE_DB, min(v, _INFINITE_DB)))]
 
 
 class _Record(BaseModel):
