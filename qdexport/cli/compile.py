@@ -150,6 +150,7 @@ def _run(
     """Runs a stage over an output folder and shows the result; returns whether a check failed."""
     from qdexport.pipeline.compilation import Compilation, new_manifest, new_report
     from qdexport.pipeline.workspace import Workspace
+    from qdexport.report.facts import problems
 
     progress = make_progress(options["verbose"], options["as_json"])
     with Workspace.open(out, new_manifest(prepared), new_report(prepared)) as workspace:
@@ -157,8 +158,7 @@ def _run(
         stage(job)
         workspace.save()
         _show(workspace, as_json=options["as_json"])
-        parity, coverage = workspace.report.parity, workspace.report.coverage
-        return bool((parity and parity.verdict == "fail") or (coverage and coverage.mismatches))
+        return bool(problems(workspace.report))
 
 
 def _show(workspace: Workspace, *, as_json: bool) -> None:
