@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from qdexport.core.files import write_json
 from qdexport.models.shapes import BACKGROUNDS, COLOURS, IMAGE_SIZE, RELATIONS, SHAPES
 
 if TYPE_CHECKING:
@@ -170,3 +172,9 @@ def write_pipeline(folder: Path, parts: dict[str, Any]) -> None:
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
     pipeline.save_pretrained(folder)
+    for name in ("unet", "vae"):
+        # diffusers notes where a part was loaded from; that place means nothing to the next machine
+        path = folder / name / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        write_json(path, config)
