@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,18 +18,23 @@ from torch import Tensor, nn
 from qdexport.core.progress import SilentProgress
 from qdexport.errors import ModelError
 from qdexport.models.shapes import bundled_model_path
+from qdexport.models.shapes_evaluator import ShapesEvaluator, load_evaluator
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "train_shapes.py"
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from shapes_training.settings import FitSettings
 
 
-@pytest.fixture(autouse=True)
-def tool_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def tool_modules() -> Iterator[None]:
     """Makes `shapes_training` importable, as it is for the script beside it."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        yield
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -161,6 +166,81 @@ class TestNetworks:
         scale = {"scaling_factor": bundled["scaling_factor"]} if part == "vae" else {}
         built = getattr(networks, f"build_{part}")(**scale)
         assert json.loads(built.to_json_string()) == bundled
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict[str, Any]:
+    from diffusers import StableDiffusionPipeline
+    from shapes_training.base import draw_training_set
+    from shapes_training.settings import BaseSettings
+
+    pipeline = StableDiffusionPipeline.from_pretrained(bundled_model_path("shapes"), safety_checker=None)
+    data = draw_training_set(64, 7, SilentProgress())
+    return {"pipeline": pipeline, "data": data, "settings": BaseSettings.full(0)}
+
+
+class TestLosses:
+    """A loss that the finished networks do not satisfy would not have trained them."""
+
+    def test_evaluator(self, parts: dict[str, Any]) -> None:
+        from shapes_training.base import EvaluatorLoss
+
+        loss = EvaluatorLoss(parts["data"], parts["settings"].evaluator)
+        with torch.no_grad():
+            finished = loss(load_evaluator(), 0, torch.Generator().manual_seed(0)).item()
+            blank = loss(ShapesEvaluator(), 0, torch.Generator().manual_seed(0)).item()
+        # four heads of three to five classes always count: ln 3 + 2 ln 4 + ln 5 = 5.5 when nothing is known
+        assert finished < 0.01
+        assert blank > 5.0
+
+    def test_autoencoder(self, parts: dict[str, Any]) -> None:
+        from shapes_training.base import VaeLoss
+        from shapes_training.networks import build_vae
+
+        loss = VaeLoss(parts["data"], parts["settings"].vae, parts["settings"].kl_weight)
+        with torch.no_grad():
+            finished = loss(parts["pipeline"].vae, 0, torch.Generator().manual_seed(0)).item()
+            blank = loss(build_vae(), 0, torch.Generator().manual_seed(0)).item()
+        # the bundled autoencoder leaves an L1 error of 0.036 in pictures from -1 to 1
+        assert finished < 0.06
+        assert blank > 0.5
+
+    def test_denoiser(self, parts: dict[str, Any]) -> None:
+        from shapes_training.base import Denoiser, DenoiserLoss, encode
+        from shapes_training.networks import PROMPT_TOKENS
+
+        pipeline, data = parts["pipeline"], parts["data"]
+        latents = encode(pipeline.vae, data, SilentProgress()) * pipeline.vae.config.scaling_factor
+        # the scaling factor was measured on another sample of the same distribution
+        assert latents.std().item() == pytest.approx(1.0, abs=0.05)
+        texts = [*data.texts, ""]
+        ids = pipeline.tokenizer(
+            texts, padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt"
+        ).input_ids
+        loss = DenoiserLoss(latents, ids[:-1], ids[-1], parts["settings"])
+        finished = Denoiser().requires_grad_(False)
+        blank = loss(finished, 0, torch.Generator().manual_seed(0)).item()
+        finished.unet, finished.text_encoder = pipeline.unet, pipeline.text_encoder
+        with torch.no_grad():
+            trained = loss(finished, 0, torch.Generator().manual_seed(0)).item()
+        # epsilon has unit variance; an untrained network is no better than zero
+        assert blank > 0.8
+        assert trained < 0.15
+
+    def test_layout_timesteps_come_late_and_often(self, parts: dict[str, Any]) -> None:
+        from shapes_training.base import DenoiserLoss
+
+        settings = parts["settings"]
+        loss = DenoiserLoss(torch.zeros(1, 4, 8, 8), torch.zeros(1, 16), torch.zeros(16), settings)
+        source = torch.Generator().manual_seed(0)
+        last = settings.denoiser.steps - 1
+        early = torch.cat([loss.timesteps(0, source) for _ in range(100)])
+        late = torch.cat([loss.timesteps(last, source) for _ in range(100)])
+        # 4,800 draws: one standard deviation of the share is below 0.008, and the seed is fixed
+        assert (early >= 500).float().mean().item() == pytest.approx(0.5, abs=0.03)
+        assert (late >= 500).float().mean().item() == pytest.approx(0.75, abs=0.03)
+        assert 0 <= int(early.min()) < 20
+        assert 980 < int(late.max()) < 1000
 
 
 class TestConsistency:

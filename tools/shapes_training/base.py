@@ -34,7 +34,15 @@ if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
     from shapes_training.settings import BaseSettings, FitSettings
 
-__all__ = ["Denoiser", "DenoiserLoss", "EvaluatorLoss", "VaeLoss", "train_base"]
+__all__ = [
+    "Denoiser",
+    "DenoiserLoss",
+    "EvaluatorLoss",
+    "VaeLoss",
+    "draw_training_set",
+    "encode",
+    "train_base",
+]
 
 _DRAW_BATCH = 1000
 _ENCODE_BATCH = 256
@@ -182,7 +190,7 @@ def train_base(folder: Path, work: Path, settings: BaseSettings, progress: Progr
     vae_loss = VaeLoss(data, settings.vae, settings.kl_weight)
     vae = fit(vae, vae_loss, settings.vae, work / "vae.safetensors", progress)
 
-    latents = _encode(vae, data, progress)
+    latents = encode(vae, data, progress)
     scale = 1.0 / float(latents.std())
     if not np.isfinite(scale):
         raise ModelError("the autoencoder maps every picture to the same latents; train it longer")
@@ -202,7 +210,7 @@ def train_base(folder: Path, work: Path, settings: BaseSettings, progress: Progr
 
 
 @torch.no_grad()
-def _encode(vae: Any, data: TrainingSet, progress: ProgressSink) -> Tensor:
+def encode(vae: Any, data: TrainingSet, progress: ProgressSink) -> Tensor:
     """Means of the latents of the whole training set, [N, 4, 8, 8]."""
     parts = []
     with progress.track(len(data.texts), "encoding") as advance:
