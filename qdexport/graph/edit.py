@@ -14,17 +14,22 @@ from qdexport.graph.query import dtype_of, graph_of, module_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from numpy.typing import ArrayLike
+
+    Dimension = int | ir.SymbolicDim
+
 __all__ = ["NodeWriter", "add_constant", "name_everything", "remove_unused", "replace_value"]
 
 
-def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Adds an initializer; a name in use gets a number."""
+def add_constant(graph: ir.Graph, name: str, value: ArrayLike) -> ir.Value:
+    """Adds an initializer (a numpy array or scalar); a name in use gets a number."""
     name = _unused(graph, name)
-    array = np.asarray(array, order="C")
+    array = np.asarray(value, order="C")
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    kind = ir.TensorType(tensor.dtype)
+    constant = ir.Value(name=name, shape=ir.Shape(array.shape), type=kind, const_value=tensor)
+    graph.register_initializer(constant)
+    return constant
 
 
 def _unused(graph: ir.Graph, name: str) -> str:
@@ -53,9 +58,9 @@ class NodeWriter:
         self._anchor = anchor
         self._after = after
 
-    def constant(self, label: str, array: np.ndarray) -> ir.Value:
+    def constant(self, label: str, value: ArrayLike) -> ir.Value:
         """An initializer named after the module."""
-        return add_constant(self.graph, f"{self.module}/{label}", array)
+        return add_constant(self.graph, f"{self.module}/{label}", value)
 
     def op(
         self,
@@ -65,15 +70,14 @@ class NodeWriter:
         *,
         like: ir.Value | None = None,
         dtype: ir.DataType | None = None,
-        shape: ir.Shape | Sequence[int] | None = None,
+        shape: ir.Shape | Sequence[Dimension] | None = None,
     ) -> ir.Value:
         """Adds a node with one output, whose type and shape are those of ``like`` unless given apart."""
         node = ir.node(op_type, list(inputs), attributes or {}, name=f"{self.module}/{op_type}")
         node.metadata_props[LAYER_KEY] = self.module
         self._place(node)
         out = node.outputs[0]
-        out.name = None
-        out.dtype = dtype if dtype is not None else (like.dtype if like is not None else None)
+        _describe(out, dtype if dtype is not None or like is None else like.dtype)
         if shape is not None:
             out.shape = shape if isinstance(shape, ir.Shape) else ir.Shape(list(shape))
         elif like is not None:
@@ -81,7 +85,11 @@ class NodeWriter:
         return out
 
     def many(
-        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any], shapes: Sequence[Sequence[int]]
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Any],
+        shapes: Sequence[Sequence[Dimension]],
     ) -> list[ir.Value]:
         """Adds a node with several outputs of the first input's type (Split)."""
         node = ir.node(
@@ -90,8 +98,7 @@ class NodeWriter:
         node.metadata_props[LAYER_KEY] = self.module
         self._place(node)
         for out, shape in zip(node.outputs, shapes, strict=True):
-            out.name = None
-            out.dtype = inputs[0].dtype if inputs[0] is not None else None
+            _describe(out, None if inputs[0] is None else inputs[0].dtype)
             out.shape = ir.Shape(list(shape))
         return list(node.outputs)
 
@@ -101,7 +108,9 @@ class NodeWriter:
             return value
         return self.op("Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
 
-    def fake_quantize(self, x: ir.Value, scale: ir.Value, zero_point: ir.Value, qmin: int, qmax: int) -> ir.Value:
+    def fake_quantize(
+        self, x: ir.Value, scale: ir.Value, zero_point: ir.Value, qmin: int, qmax: int
+    ) -> ir.Value:
         """A per-tensor static FakeQuantize."""
         node = ir.node(
             FAKE_QUANTIZE, [x, scale, zero_point], {"qmin": qmin, "qmax": qmax, "axis": -1}, domain=DOMAIN,
@@ -110,7 +119,8 @@ class NodeWriter:
         node.metadata_props[LAYER_KEY] = self.module
         self._place(node)
         out = node.outputs[0]
-        out.name, out.dtype, out.shape = None, x.dtype, x.shape
+        _describe(out, x.dtype)
+        out.shape = x.shape
         return out
 
     def _place(self, node: ir.Node) -> None:
@@ -121,8 +131,15 @@ class NodeWriter:
             self.graph.insert_before(self._anchor, node)
 
 
+def _describe(value: ir.Value, dtype: ir.DataType | None) -> None:
+    """A value without a name gets one at the end; one without a type stays without."""
+    value.name = None
+    if dtype is not None:
+        value.dtype = dtype
+
+
 def replace_value(old: ir.Value, new: ir.Value, *, keep: Sequence[ir.Node] = ()) -> None:
-    """Lets every reader of ``old``, except the nodes in ``keep``, read ``new``; graph outputs keep their names."""
+    """Lets all readers of ``old``, except the nodes in ``keep``, read ``new``; graph outputs keep their names."""
     for use in list(old.uses()):
         if use.node not in keep:
             use.node.replace_input_with(use.idx, new)
