@@ -9,11 +9,12 @@ from qdexport.build.audit import audit
 from qdexport.build.plan import engine_coverage
 from qdexport.check.calls import check_calls
 from qdexport.check.engine_parity import write_golden
-from qdexport.check.noise_floor import noise_floor
-from qdexport.check.parity import end_to_end, layer_parity
+from qdexport.check.parity import layer_parity
 from qdexport.check.quality import compare_quality
+from qdexport.check.session import REFERENCE
 from qdexport.check.verdict import judge
-from qdexport.core.results import Coverage, EndToEnd, Plan
+from qdexport.check.whole import whole_network
+from qdexport.core.results import Coverage, Plan
 from qdexport.core.spec import layer_precision
 from qdexport.emit.coverage import onnx_coverage
 from qdexport.emit.facts import read_network_facts
@@ -51,11 +52,9 @@ def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink
     calls = check_calls(model, facts.io, validation.parity_steps, validation.seed)
     with _counted(progress, "parity, layer by layer") as advance:
         layers = layer_parity(model, onnx_path, facts.io, calls, advance)
-    floor_calls = check_calls(model, facts.io, validation.floor_steps, validation.seed)
-    with _counted(progress, "noise floor") as advance:
-        floor = noise_floor(model, facts.io, floor_calls, validation.floor_seeds, advance)
-    whole = EndToEnd(sqnr_db=end_to_end(model, onnx_path, facts.io, floor_calls), noise_floor_db=floor)
-    report.parity = judge(layers, whole, model.body, "ONNX Runtime, ORT_ENABLE_BASIC, CPU")
+    with _counted(progress, "whole network and noise floor") as advance:
+        whole = whole_network(model, onnx_path, facts.io, advance)
+    report.parity = judge(layers, whole, model.body, REFERENCE)
 
     golden = workspace.root / "golden"
     write_golden(golden, onnx_path, facts.io, calls[: validation.golden])

@@ -36,6 +36,7 @@ from qdexport.core.files import atomic_dir
 from qdexport.core.recipe import load_recipe
 from qdexport.core.spec import LayerPlan
 from qdexport.errors import ModelError, OutputError
+from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.load import load_model
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
 from qdexport.quant.attach import (
@@ -148,11 +149,13 @@ def _save_weights(model: QuantizedModel, folder: Path) -> None:
     loaded = model.loaded
     if loaded.pipeline is None:
         denoiser: Any = model.denoiser
-        denoiser.save_pretrained(folder)
+        with quiet_libraries():
+            denoiser.save_pretrained(folder)
         return
     pipeline = copy.copy(loaded.pipeline)  # registering on the copy leaves the caller's pipeline alone
     pipeline.register_modules(**{loaded.component: model.denoiser})
-    pipeline.save_pretrained(folder)
+    with quiet_libraries():
+        pipeline.save_pretrained(folder)
     if loaded.evaluator is not None:
         (folder / "evaluator").mkdir(exist_ok=True)
         shutil.copyfile(loaded.evaluator, folder / "evaluator" / loaded.evaluator.name)
