@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
-
 from benchmarks.scale import MODELS, ScaleJob, run_scale
+
 from qdexport.core.recipe import load_recipe
 from qdexport.core.target import target_named
 from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError, RecipeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _EXAMPLES = """\b
 Examples:
@@ -32,17 +32,38 @@ _TOO_LARGE = ("sdxl",)
 
 
 @click.command(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), default=("unet50m", "sd15"),
-              show_default=True, help="Size of UNet; repeatable.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    type=click.Choice(list(MODELS)),
+    default=("unet50m", "sd15"),
+    show_default=True,
+    help="Size of UNet; repeatable.",
+)
 @click.option("--recipe", default="w8a8", show_default=True, help="A preset or a .yaml file.")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe.")
-@click.option("--capability", "capabilities", multiple=True, metavar="X.Y", default=("8.9",), show_default=True,
-              help="Compute capability of the engine; repeatable.")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
+)
+@click.option(
+    "--capability",
+    "capabilities",
+    multiple=True,
+    metavar="X.Y",
+    default=("8.9",),
+    show_default=True,
+    help="Compute capability of the engine; repeatable.",
+)
 @click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Sampling steps (DDIM).")
 @click.option("--seed", default=0, show_default=True, help="Chooses the activation ranges.")
-@click.option("--fp16-baseline/--no-fp16-baseline", default=None,
-              help="Also build the same UNet in FP16 and count its kernels.  [default: yes, but not for sdxl]")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs here.")
+@click.option(
+    "--fp16-baseline/--no-fp16-baseline",
+    default=None,
+    help="Also build the same UNet in FP16 and count its kernels.  [default: yes, but not for sdxl]",
+)
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs here."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; nothing else.")
 def cli(  # noqa: PLR0913  one argument per option
     models: tuple[str, ...],
@@ -58,15 +79,15 @@ def cli(  # noqa: PLR0913  one argument per option
     """Quantize UNets of real sizes (random weights, FP16, given activation ranges), export and build them for
     TensorRT-RTX, and show what it takes.
 
-    Exporter and builder each run in a process of their own; peak memory is that of the larger one. With several
-    models the JSON object holds a list under "models".
+    Exporter and builder each run in a process of their own; peak memory is that of the larger one. With
+    several models the JSON object holds a list under "models".
     """
     from qdexport.cli.progress import Progress
 
     chosen = load_recipe(recipe, _overrides(assignments))
     progress = Progress(quiet=as_json)
     results = []
-    with nullcontext(out) if out is not None else tempfile.TemporaryDirectory(prefix="qdexport-bench-") as folder:
+    with _work_folder(out) as folder:
         for model in dict.fromkeys(models):
             job = ScaleJob(
                 model=model,
@@ -76,13 +97,22 @@ def cli(  # noqa: PLR0913  one argument per option
                 steps=steps,
                 seed=seed,
                 fp16_baseline=model not in _TOO_LARGE if fp16_baseline is None else fp16_baseline,
-                folder=Path(folder),
+                folder=folder,
             )
             results.append(run_scale(job, progress))
     if as_json:
         click.echo(json.dumps(results[0] if len(results) == 1 else {"models": results}, indent=2))
     else:
         _show(results)
+
+
+@contextlib.contextmanager
+def _work_folder(out: Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="qdexport-bench-") as folder:
+        yield Path(folder)
 
 
 def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
@@ -99,15 +129,78 @@ def _show(results: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{results[0]['recipe']}, {', '.join(results[0]['compute_capabilities'])}")
-    rows: dict[str, list[str]] = {
-        "parameters (M)": [f"{r['parameters'] / 1e6:,.1f}" for r in results],
-        "time (s)": [f"{r['seconds']:.0f}" for r in results],
-        "  import, weights": [_seconds(r, "import", "load") for r in results],
-        "  quantize": [_seconds(r, "quantize") for r in results],
-        "  export": [_seconds(r, "export") for r in results],
-        "  build": [_seconds(r, "build") for r in results],
-        "peak memory (GB)": [_gigabytes(r["peak_rss_mb"]) for r in results],
-        "  export": [_gigabytes(r["stages"]["export"]["peak_rss_mb"]) for r in results],
-        "  build": [_gigabytes(r["stages"]["build"]["peak_rss_mb"]) for r in results],
-    }
+    table = Table(
+        title=f"{results[0]['recipe']}, compute capability {', '.join(results[0]['compute_capabilities'])}"
+    )
+    table.add_column()
+    for result in results:
+        table.add_column(result["model"], justify="right")
+    for label, cell in _ROWS:
+        table.add_row(label, *map(cell, results), end_section=label in _SECTIONS)
+    console = Console()
+    console.print(table)
+    state = results[0]["machine"]
+    console.print(
+        f"{state['processor']}, {state['cores']} cores, {state['memory_gb']} GB; load at the start: "
+        + ", ".join(f"{result['machine']['load_1_min']:.1f}" for result in results),
+        highlight=False,
+    )
+
+
+def _seconds(result: dict[str, Any], *stages: str) -> str:
+    return f"{sum(result['stages'][stage]['seconds'] for stage in stages):.1f}"
+
+
+def _memory(result: dict[str, Any], stage: str) -> str:
+    return f"{result['stages'][stage]['peak_rss_mb'] * (1 << 20) / 1e9:.2f}"
+
+
+def _megabytes(result: dict[str, Any], key: str) -> str:
+    return f"{result.get(key, 0) / 1e6:,.0f}"
+
+
+def _against_fp16(result: dict[str, Any], value: str, fp16: str) -> str:
+    return value if result["fp16_kernels"] is None else f"{value} ({fp16})"
+
+
+_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("parameters, millions", lambda r: f"{r['parameters'] / 1e6:,.1f}"),
+    ("quantized layers", lambda r: f"{r['layers_quantized']} of {r['layers']}"),
+    ("time, s", lambda r: f"{r['seconds']:.1f}"),
+    ("  import, make weights", lambda r: _seconds(r, "import", "load")),
+    ("  quantize", lambda r: _seconds(r, "quantize")),
+    ("  export", lambda r: _seconds(r, "export")),
+    ("  build", lambda r: _seconds(r, "build")),
+    ("peak memory, GB", lambda r: f"{r['peak_rss_mb'] * (1 << 20) / 1e9:.2f}"),
+    ("  quantize", lambda r: _memory(r, "quantize")),
+    ("  export", lambda r: _memory(r, "export")),
+    ("  build", lambda r: _memory(r, "build")),
+    ("ONNX file, MB", lambda r: f"{r['onnx_bytes'] / 1e6:,.0f}"),
+    ("ONNX nodes", lambda r: f"{r['nodes']:,}"),
+    (
+        "engine, MB (FP16)",
+        lambda r: _against_fp16(r, _megabytes(r, "engine_bytes"), _megabytes(r, "fp16_engine_bytes")),
+    ),
+    ("kernels (FP16)", lambda r: _against_fp16(r, str(r["kernels"]), str(r["fp16_kernels"]))),
+    ("INT8 + FP convs, gemms", lambda r: f"{r['int8_compute']} + {r['fp_compute']}"),
+)
+_SECTIONS = ("quantized layers", "  build", "ONNX nodes")
+
+
+def main() -> None:
+    """Runs the command line; errors meant for the user end with their exit code and one line."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except QdExportError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,9 @@ def run_module(module: str, spec: dict[str, Any], folder: Path, python: Path | N
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = module.rpartition(".")[2]
-    spec_path, answer_path, log_path = (folder / f"{name}.{end}" for end in ("spec.json", "answer.json", "log"))
+    spec_path, answer_path, log_path = (
+        folder / f"{name}.{end}" for end in ("spec.json", "answer.json", "log")
+    )
     answer_path.unlink(missing_ok=True)
     spec_path.write_text(json.dumps({**spec, "answer": str(answer_path)}), encoding="utf-8")
     roots = [str(_TOOLS), str(_TOOLS.parent), os.environ.get("PYTHONPATH", "")]
@@ -43,7 +45,12 @@ def run_module(module: str, spec: dict[str, Any], folder: Path, python: Path | N
     command = [str(python or sys.executable), "-P", "-m", module, str(spec_path)]
     with log_path.open("wb") as log:
         code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            check=False,
         ).returncode
     if code != 0 or not answer_path.is_file():
         said = log_path.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_SHOWN_LINES:]

@@ -23,7 +23,7 @@ _RESET_PEAK = "5"  # proc(5): clear_refs
 
 @dataclass(slots=True)
 class Cost:
-    """Seconds of wall time, seconds of processor time (all threads), and the largest resident memory in MiB."""
+    """Seconds of wall time, of processor time (all threads), and the largest resident memory in MiB."""
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -32,7 +32,7 @@ class Cost:
 
 @contextlib.contextmanager
 def measured(costs: dict[str, Cost], stage: str) -> Iterator[None]:
-    """Measures the block as a stage of this process; the peak is the stage's own, not that of earlier ones."""
+    """Measures the block as a stage of this process; the peak is the stage's own."""
     _forget_peak()
     started, cpu_started = time.perf_counter(), time.process_time()
     yield

@@ -1,4 +1,4 @@
-"""Quantizes and exports one synthetic model, and measures both: ``python -m benchmarks.export_child SPEC.json``."""
+"""Quantizes and exports one synthetic model, measured: ``python -m benchmarks.export_child SPEC.json``."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["main"]
 def main(spec_path: str) -> None:
     """Writes ``<folder>/model.onnx`` and answers with costs and facts.
 
-    The specification holds ``model``, ``recipe`` (as JSON), ``target``, ``quantized``, ``steps``, ``seed`` and
-    ``folder``.
+    The specification holds ``model``, ``recipe`` (as JSON), ``target``, ``quantized``, ``steps``, ``seed``
+    and ``folder``.
     """
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     costs: dict[str, Cost] = {}

@@ -126,7 +126,9 @@ def _compile(
         "folder": str(folder / "onnx"),
     }
     started = time.perf_counter()
-    with progress.stage(f"{job.model} {name}: quantize and export" if quantized else f"{job.model} {name}: export"):
+    with progress.stage(
+        f"{job.model} {name}: quantize and export" if quantized else f"{job.model} {name}: export"
+    ):
         exported = run_module("benchmarks.export_child", spec, folder)
     options = BuildOptions(
         target=job.target, io=IoSpec.model_validate(exported["io"]), compute_capabilities=job.capabilities

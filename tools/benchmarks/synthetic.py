@@ -33,8 +33,8 @@ def varied_ranges(
 ) -> ActivationRanges:
     """A range for every quantized input, none like another.
 
-    Ends are log-normal around -4 and 4. With rows, a range drifts over the steps as those of trained models do,
-    with a slope and a little noise of its own; the text's does not.
+    Ends are log-normal around -4 and 4. With rows, a range drifts over the steps as those of trained models
+    do, with a slope and a little noise of its own; the text's does not.
 
     Args:
         plans: what is quantized.
