@@ -151,9 +151,7 @@ def attach(
     return install(denoiser, plans, parameters_of(denoiser, plans, ranges), training_steps)
 
 
-def parameters_of(
-    denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: ActivationRanges
-) -> QuantParameters:
+def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: ActivationRanges) -> QuantParameters:
     """Scales and zero points of all planned layers.
 
     A step table whose rows are all equal (a text input, for instance) shrinks to one static row.
@@ -217,8 +215,7 @@ def install(
                 quantizers[key] = quantizer.to(layer.weight.device)
             inputs.append(quantizers[key])
         weights = [
-            WeightQuantizer(plan.weight, parameters.weight_scales[part]).to(layer.weight.device)
-            for part in plan.parts
+            WeightQuantizer(plan.weight, parameters.weight_scales[part]).to(layer.weight.device) for part in plan.parts
         ]
         _replace(denoiser, plan.name, _wrapped(layer, plan, inputs, weights))
     if any(quantizer.scale.shape[0] > 1 for quantizer in quantizers.values()):
@@ -233,9 +230,7 @@ def scales_by_layer(model: QuantizedModel) -> dict[str, list[float]]:
     for plan in model.plans:
         if plan.quantized:
             pairs = quantizer_pairs(model.denoiser.get_submodule(plan.name))
-            scales |= {
-                part: inputs.scale.tolist() for part, (inputs, _) in zip(plan.parts, pairs, strict=True)
-            }
+            scales |= {part: inputs.scale.tolist() for part, (inputs, _) in zip(plan.parts, pairs, strict=True)}
     return scales
 
 
@@ -304,9 +299,7 @@ def _layer(denoiser: nn.Module, plan: LayerPlan) -> nn.Conv2d | nn.Linear:
     except AttributeError as error:
         raise ModelError(f"the denoiser has no layer {plan.name}; the plan is of another model") from error
     if not isinstance(layer, nn.Conv2d | nn.Linear):
-        raise ModelError(
-            f"layer {plan.name} is a {type(layer).__name__}, not a Conv2d or Linear; plan it again"
-        )
+        raise ModelError(f"layer {plan.name} is a {type(layer).__name__}, not a Conv2d or Linear; plan it again")
     if isinstance(layer, QuantConv2d | QuantLinear | QuantSplitConv2d):
         raise ModelError(f"layer {plan.name} is quantized already; load the floating-point model")
     if type(layer).forward not in _PLAIN_FORWARDS:

@@ -55,9 +55,7 @@ def calibrate(
     request = _request(loaded, recipe.calibration)
     timesteps = schedule_timesteps(loaded, recipe.calibration)
     per_step = recipe.activation_rows == "per_step"
-    specs = {
-        key: plan.activation for plan in plans for key in activation_keys(plan) if plan.activation is not None
-    }
+    specs = {key: plan.activation for plan in plans for key in activation_keys(plan) if plan.activation is not None}
     observers = {
         key: make_observer(spec.observer, len(timesteps) if per_step else 1, name=key, seed=request.seed)
         for key, spec in specs.items()
@@ -152,9 +150,7 @@ class _Watch:
         per_step: bool,
     ) -> None:
         self.observers = observers
-        self.plans = {
-            plan.group: plan for plan in reversed(plans) if plan.quantized
-        }  # the first of each group
+        self.plans = {plan.group: plan for plan in reversed(plans) if plan.quantized}  # the first of each group
         self.rows = {timestep: index if per_step else 0 for index, timestep in enumerate(timesteps)}
         self.timestep = timesteps[0]
         self._reached: dict[str, set[int]] = {}
@@ -163,9 +159,7 @@ class _Watch:
     def hooked(self, denoiser: nn.Module) -> Iterator[None]:
         """Watches the denoiser inside the block."""
         handles = [
-            denoiser.get_submodule(plan.name).register_forward_pre_hook(
-                partial(self._observe, plan), with_kwargs=True
-            )
+            denoiser.get_submodule(plan.name).register_forward_pre_hook(partial(self._observe, plan), with_kwargs=True)
             for plan in self.plans.values()
         ]
         try:
@@ -209,9 +203,7 @@ class _Watch:
         for observer in self.observers.values():
             observer.end_batch()
 
-    def _observe(
-        self, plan: LayerPlan, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _observe(self, plan: LayerPlan, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
         parts = torch.split_with_sizes(x, plan.splits, dim=1) if plan.splits else (x,)
         for key, part in zip(activation_keys(plan), parts, strict=True):

@@ -128,9 +128,7 @@ def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> Quanti
         raise ModelError(f"{recipe_path} is missing; save the checkpoint again")
     recipe = load_recipe(str(recipe_path))
     loaded = loaded or _load_floating_point(folder, facts)
-    denoiser = shared_copy(
-        loaded.denoiser, None if loaded.weights_dtype == facts.body else BODY_DTYPES[facts.body]
-    )
+    denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == facts.body else BODY_DTYPES[facts.body])
     context = install(denoiser, facts.plans, _read_parameters(path, facts), training_steps_of(loaded))
     _verify_codes(path, denoiser, facts.plans)
     return QuantizedModel(
@@ -184,9 +182,7 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
         layer = model.denoiser.get_submodule(plan.name)
         parts = zip(plan.parts, weight_codes(layer), quantizer_pairs(layer), strict=True)
         for part, codes, (inputs, weights) in parts:
-            tensors[f"{part}.weight_codes"] = torch.from_numpy(
-                np.ascontiguousarray(pack_codes(codes, plan.weight))
-            )
+            tensors[f"{part}.weight_codes"] = torch.from_numpy(np.ascontiguousarray(pack_codes(codes, plan.weight)))
             tensors[f"{part}.weight_scale"] = weights.scale.cpu()
             # layers that share a quantizer each name its numbers, and safetensors refuses shared memory
             tensors[f"{part}.input_scale"] = inputs.scale.cpu().clone()
@@ -196,9 +192,7 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
 
 def read_facts(path: Path) -> _Facts:
     if not path.is_file():
-        raise ModelError(
-            f"{path.parent} is no quantized checkpoint: {path.name} is missing; quantize the model first"
-        )
+        raise ModelError(f"{path.parent} is no quantized checkpoint: {path.name} is missing; quantize the model first")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_METADATA_KEY)
@@ -248,13 +242,10 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
                 if key in scales and not (
                     torch.equal(scales[key], scale) and torch.equal(zero_points[key], zero_point)
                 ):
-                    raise ModelError(
-                        f"{path}: {part} and another layer read {key!r} but have different input scales"
-                    )
+                    raise ModelError(f"{path}: {part} and another layer read {key!r} but have different input scales")
                 if scale.shape != zero_point.shape or scale.shape not in ((1,), (len(facts.timesteps),)):
                     raise ModelError(
-                        f"{path}: {part}.input_scale has {list(scale.shape)} rows for "
-                        f"{len(facts.timesteps)} steps"
+                        f"{path}: {part}.input_scale has {list(scale.shape)} rows for {len(facts.timesteps)} steps"
                     )
                 scales[key], zero_points[key] = scale, zero_point
     return QuantParameters(
@@ -288,9 +279,7 @@ def _verify_codes(path: Path, denoiser: nn.Module, plans: Sequence[LayerPlan]) -
                 try:
                     stored = unpack_codes(packed, plan.weight, codes.shape)
                 except ValueError as error:
-                    raise ModelError(
-                        f"{path}: {part}.weight_codes does not fit its layer: {error}"
-                    ) from error
+                    raise ModelError(f"{path}: {part}.weight_codes does not fit its layer: {error}") from error
                 different = int(np.count_nonzero(stored != codes))
                 if different:
                     raise ModelError(

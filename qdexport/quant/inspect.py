@@ -26,11 +26,17 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
     with safe_open(path, framework="np") as file:
         for plan in facts.plans:
             for part in plan.parts:
-                row: dict[str, Any] = {"name": part, "weight": "folded" if plan.folded else facts.body, "activation": "", "scales": ""}
+                row: dict[str, Any] = {
+                    "name": part,
+                    "weight": "folded" if plan.folded else facts.body,
+                    "activation": "",
+                    "scales": "",
+                }
                 if plan.quantized and plan.weight is not None and plan.activation is not None:
                     scales = file.get_tensor(f"{part}.input_scale")
                     row["weight"] = f"{plan.weight.bits} bits {plan.weight.granularity}"
-                    row["activation"] = f"{plan.activation.bits} bits {'symmetric' if plan.activation.symmetric else 'asymmetric'}"
+                    symmetry = "symmetric" if plan.activation.symmetric else "asymmetric"
+                    row["activation"] = f"{plan.activation.bits} bits {symmetry}"
                     row["scales"] = f"{len(scales)} x {scales.min():.3g}..{scales.max():.3g}"
                 layers.append({**row, "why": plan.why})
     return {

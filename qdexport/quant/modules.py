@@ -93,9 +93,7 @@ class ActivationQuantizer(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(
-        self, spec: QuantSpec, scale: Tensor, zero_point: Tensor, context: StepContext | None = None
-    ) -> None:
+    def __init__(self, spec: QuantSpec, scale: Tensor, zero_point: Tensor, context: StepContext | None = None) -> None:
         super().__init__()
         if scale.dim() != 1 or scale.shape != zero_point.shape:
             raise ValueError(
@@ -239,7 +237,5 @@ def quantizer_pairs(layer: nn.Module) -> list[tuple[ActivationQuantizer, WeightQ
         return [(layer.input_quantizer, layer.weight_quantizer)]
     if isinstance(layer, QuantSplitConv2d):
         pairs = zip(layer.input_quantizers, layer.weight_quantizers, strict=True)
-        return [
-            (a, w) for a, w in pairs if isinstance(a, ActivationQuantizer) and isinstance(w, WeightQuantizer)
-        ]
+        return [(a, w) for a, w in pairs if isinstance(a, ActivationQuantizer) and isinstance(w, WeightQuantizer)]
     raise TypeError(f"{type(layer).__name__} is not quantized")

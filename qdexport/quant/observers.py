@@ -210,9 +210,7 @@ class MseObserver(RangeObserver):
         low, high = self.low.clone(), self.high.clone()
         for row in range(low.shape[0]):
             sample = self.values[row, : int(self.offered[row])]
-            low[row], high[row] = activation_range_of_least_error(
-                sample, float(low[row]), float(high[row]), spec
-            )
+            low[row], high[row] = activation_range_of_least_error(sample, float(low[row]), float(high[row]), spec)
         return low, high
 
     def state(self) -> dict[str, Tensor]:

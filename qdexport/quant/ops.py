@@ -44,9 +44,7 @@ def _(  # noqa: PLR0913  as above
     return torch.empty_like(x)
 
 
-def _broadcast(
-    x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int
-) -> tuple[Tensor, Tensor]:
+def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
     """Parameters of the selected rows, in a shape that broadcasts against ``x``."""
     if row is None:
         scale, zero_point = scale[:1], zero_point[:1]

@@ -39,11 +39,7 @@ def weight_codes(layer: nn.Module) -> list[Codes]:
     """As :func:`integer_codes`, one array per part of the layer."""
     pairs = quantizer_pairs(layer)
     weight = layer.get_parameter("weight")
-    kernels = (
-        torch.split_with_sizes(weight, layer.splits, dim=1)
-        if isinstance(layer, QuantSplitConv2d)
-        else (weight,)
-    )
+    kernels = torch.split_with_sizes(weight, layer.splits, dim=1) if isinstance(layer, QuantSplitConv2d) else (weight,)
     return [_codes(kernel, quantizer) for kernel, (_, quantizer) in zip(kernels, pairs, strict=True)]
 
 

@@ -131,15 +131,11 @@ def _check_rules(rules: Sequence[Rule], kinds: Mapping[str, LayerKind]) -> None:
                 f"weights have {' and '.join(_WEIGHT_OBSERVERS)}"
             )
         if rule.weight is not None and not rule.weight.signed:
-            raise RecipeError(
-                f"{_label(number, rule)}: weight.signed is false; weights have both signs, remove it"
-            )
+            raise RecipeError(f"{_label(number, rule)}: weight.signed is false; weights have both signs, remove it")
 
 
 def _hint(rule: Rule, kinds: Mapping[str, LayerKind]) -> str:
-    other_kind = [
-        name for name, kind in kinds.items() if rule.matches(name, "conv") or rule.matches(name, "linear")
-    ]
+    other_kind = [name for name, kind in kinds.items() if rule.matches(name, "conv") or rule.matches(name, "linear")]
     if other_kind:
         return f"; {other_kind[0]!r} is a {kinds[other_kind[0]]}, but kinds is {list(rule.kinds)}"
     wanted = " ".join(pattern.removeprefix("re:") for pattern in rule.patterns)
@@ -149,11 +145,7 @@ def _hint(rule: Rule, kinds: Mapping[str, LayerKind]) -> str:
         words = sorted({part for name in kinds for part in name.split(".") if not part.isdigit()})
         last = [word for word in wanted.replace("*", ".").replace("\\", ".").split(".") if word]
         near = difflib.get_close_matches(last[-1], words, n=3) if last else []
-    return (
-        f"; did you mean {', '.join(near)}?"
-        if near
-        else f"; layers are named like {', '.join(list(kinds)[:3])}"
-    )
+    return f"; did you mean {', '.join(near)}?" if near else f"; layers are named like {', '.join(list(kinds)[:3])}"
 
 
 def _label(number: int, rule: Rule) -> str:

@@ -66,15 +66,11 @@ class ActivationRanges:
                 facts = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except FileNotFoundError as error:
-            raise ModelError(
-                f"activation ranges {path} do not exist; calibrate first, or name another file"
-            ) from error
+            raise ModelError(f"activation ranges {path} do not exist; calibrate first, or name another file") from error
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise ModelError(f"activation ranges {path} cannot be read ({error}); calibrate again") from error
         if not isinstance(facts, dict) or facts.get("version") != _VERSION:
-            raise ModelError(
-                f"{path} holds no activation ranges of qdexport (version {_VERSION}); calibrate again"
-            )
+            raise ModelError(f"{path} holds no activation ranges of qdexport (version {_VERSION}); calibrate again")
         ends = {
             end: {name.removesuffix(f"/{end}"): t for name, t in tensors.items() if name.endswith(f"/{end}")}
             for end in ("low", "high")
@@ -148,9 +144,7 @@ def _ranges_from_json(path: Path, plans: Sequence[LayerPlan]) -> ActivationRange
     except (OSError, ValueError) as error:
         raise ModelError(f"activation ranges {path} are not JSON: {error}") from error
     if not isinstance(data, dict):
-        raise ModelError(
-            f'{path} must hold an object {{"layer": [low, high]}}, not a JSON {type(data).__name__}'
-        )
+        raise ModelError(f'{path} must hold an object {{"layer": [low, high]}}, not a JSON {type(data).__name__}')
     timesteps = data.pop("timesteps", [])
     if not isinstance(timesteps, list) or not all(type(step) is int for step in timesteps):
         raise ModelError(f"{path}: timesteps must be a list of integers, one per row")

@@ -70,9 +70,7 @@ class CalibrationState:
                 for key, observer in observers.items():
                     observer.load_state({name: file.get_tensor(f"{key}/{name}") for name in observer.state()})
         except (OSError, SafetensorError, ValueError) as error:
-            raise ModelError(
-                f"{self.path} is damaged ({error}); delete it to calibrate from the start"
-            ) from error
+            raise ModelError(f"{self.path} is damaged ({error}); delete it to calibrate from the start") from error
         batches = int(facts["batches"])
         logger.info("going on after batch %d of a saved calibration", batches)
         return batches

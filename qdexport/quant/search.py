@@ -9,7 +9,6 @@ ratios are resolved with far fewer evaluations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ __all__ = ["activation_range_of_least_error", "weight_range"]
 _SMALLEST_RATIO = 0.2
 _REFINEMENTS = 9  # ratios of the fine stage: the coarse best, and four on either side
 
-# error of one candidate per channel: ratios [C] -> summed errors [C]
-_ChannelError = Callable[[Tensor], Tensor]
+# values of a weight searched at once: what stays in a core's cache is done in a third of the time
+_BLOCK_VALUES = 1 << 17
 
 
 def weight_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -39,29 +38,19 @@ def weight_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: an observer that weights do not have.
     """
-    rows = (
-        weight.detach().flatten(1)
-        if spec.granularity is Granularity.PER_CHANNEL
-        else weight.detach().reshape(1, -1)
-    )
+    rows = weight.detach().flatten(1) if spec.granularity is Granularity.PER_CHANNEL else weight.detach().reshape(1, -1)
     low, high = (end.float() for end in torch.aminmax(rows, dim=1))
     if spec.observer.kind == "minmax":
         return low, high
     if spec.observer.kind != "mse":
         raise ValueError(f"weights have the observers minmax and mse, not {spec.observer.kind}")
-    values = rows.float()
-
-    def error(ratio: Tensor) -> Tensor:
-        scale, zero_point = parameters_from_range(low * ratio, high * ratio, spec)
-        return _power_error(values, scale[:, None], zero_point[:, None], spec).sum(dim=1)
-
-    ratio = _best_ratio_per_channel(error, low.shape[0], spec.observer, weight.device)
+    block = max(1, _BLOCK_VALUES // rows.shape[1])
+    blocks = zip(torch.split(rows, block), torch.split(low, block), torch.split(high, block), strict=True)
+    ratio = torch.cat([_best_ratio_per_channel(values, first, last, spec) for values, first, last in blocks])
     return low * ratio, high * ratio
 
 
-def activation_range_of_least_error(
-    values: Tensor, low: float, high: float, spec: QuantSpec
-) -> tuple[float, float]:
+def activation_range_of_least_error(values: Tensor, low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
     """The range of least error for a sample of an activation.
 
     A symmetric quantizer has one ratio for both ends, an asymmetric one a ratio for each end.
@@ -76,9 +65,7 @@ def activation_range_of_least_error(
         Low and high of the range.
     """
     ends = torch.tensor([min(low, 0.0), max(high, 0.0)], dtype=torch.float64)
-    span = torch.linspace(
-        1, _SMALLEST_RATIO, _coarse_ratios(spec.observer, spec.symmetric), dtype=torch.float64
-    )
+    span = torch.linspace(1, _SMALLEST_RATIO, _coarse_ratios(spec.observer, spec.symmetric), dtype=torch.float64)
     coarse = _pairs(span, span, spec.symmetric)
     best = coarse[_least_error(values, ends, coarse, spec)]
     step = float(span[0] - span[1])
@@ -108,38 +95,39 @@ def _pairs(low: Tensor, high: Tensor, symmetric: bool) -> Tensor:
 def _least_error(values: Tensor, ends: Tensor, candidates: Tensor, spec: QuantSpec) -> int:
     ranges = candidates * ends
     scale, zero_point = parameters_from_range(ranges[:, 0], ranges[:, 1], spec)
-    errors = _power_error(values[None], scale[:, None], zero_point[:, None], spec).sum(
-        dim=1, dtype=torch.float64
-    )
+    errors = _power_error(values[None], scale[:, None], zero_point[:, None], spec).sum(dim=1, dtype=torch.float64)
     return int(errors.argmin())
 
 
-def _best_ratio_per_channel(
-    error: _ChannelError, channels: int, observer: ObserverSpec, device: torch.device
-) -> Tensor:
-    span = torch.linspace(1, _SMALLEST_RATIO, _coarse_ratios(observer, single=True), device=device)
+def _best_ratio_per_channel(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    values = rows.float()
+    span = torch.linspace(1, _SMALLEST_RATIO, _coarse_ratios(spec.observer, single=True), device=rows.device)
     step = float(span[0] - span[1])
-    best_ratio = torch.ones(channels, device=device)
-    best_error = torch.full((channels,), torch.inf, device=device)
+    best_ratio = torch.ones_like(low)
+    best_error = torch.full_like(low, torch.inf)
 
     def try_ratio(ratio: Tensor) -> None:
         nonlocal best_ratio, best_error
-        candidate = error(ratio)
+        scale, zero_point = parameters_from_range(low * ratio, high * ratio, spec)
+        candidate = _power_error(values, scale[:, None], zero_point[:, None], spec).sum(dim=1)
         better = candidate < best_error
         best_ratio = torch.where(better, ratio, best_ratio)
         best_error = torch.where(better, candidate, best_error)
 
     for ratio in span:
-        try_ratio(ratio.expand(channels))
+        try_ratio(ratio.expand_as(low))
     centre = best_ratio
-    for offset in torch.linspace(-step, step, _REFINEMENTS, device=device):
+    for offset in torch.linspace(-step, step, _REFINEMENTS, device=rows.device):
         try_ratio((centre + offset).clamp(_SMALLEST_RATIO, 1))
     return best_ratio
 
 
 def _power_error(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
-    codes = (values / scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
-    error = codes.sub_(zero_point).mul_(scale).sub_(values)
+    codes = (values / scale).round_()
+    if spec.symmetric:  # the zero point is 0
+        error = codes.clamp_(spec.qmin, spec.qmax).mul_(scale).sub_(values)
+    else:
+        error = codes.add_(zero_point).clamp_(spec.qmin, spec.qmax).sub_(zero_point).mul_(scale).sub_(values)
     if spec.observer.exponent == 2.0:
         return error.square_()
     return error.abs_().pow_(spec.observer.exponent)

@@ -39,9 +39,7 @@ def tiny(tiny_folder: Path) -> LoadedModel:
 def make_recipe() -> MakeRecipe:
     """A recipe of one rule, W8A8 symmetric; ``activation`` and ``weight`` change its quantizers."""
 
-    def make(
-        activation: dict[str, Any] | None = None, weight: dict[str, Any] | None = None, **changes: Any
-    ) -> Recipe:
+    def make(activation: dict[str, Any] | None = None, weight: dict[str, Any] | None = None, **changes: Any) -> Recipe:
         rule = {
             "match": "*",
             "weight": {"bits": 8, "granularity": "per_channel", **(weight or {})},

@@ -61,9 +61,7 @@ def test_all_widths_reach_both_ends_and_halve_the_step(bits: int, symmetric: boo
 
 
 def test_round_half_to_even() -> None:
-    codes = quantize_codes(
-        torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0), torch.tensor(0.0), -128, 127
-    )
+    codes = quantize_codes(torch.tensor([0.5, 1.5, 2.5, -0.5]), torch.tensor(1.0), torch.tensor(0.0), -128, 127)
     assert codes.tolist() == [0.0, 2.0, 2.0, -0.0]
 
 

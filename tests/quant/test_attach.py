@@ -101,9 +101,7 @@ def test_step_tables(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
     assert model.rows == 2
     assert model.timesteps == (901, 401)
     scales = scales_by_layer(model)
-    expected, _ = parameters_from_range(
-        torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), plans[0].activation
-    )
+    expected, _ = parameters_from_range(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), plans[0].activation)
     assert scales["conv_in"] == expected.tolist()
     text = next(plan.name for plan in plans if plan.group == "encoder_hidden_states")
     assert len(scales[text]) == 1  # equal rows are one static row
@@ -173,9 +171,7 @@ def test_weight_that_does_not_fit_the_body(make_recipe: MakeRecipe) -> None:
     with torch.no_grad():
         denoiser.get_parameter("conv_out.bias")[1] = 1e5
     loaded = loaded_from_denoiser(denoiser, name="tiny")
-    with pytest.raises(
-        ModelError, match=r"conv_out\.bias holds 99840, beyond the largest float16 number 65504"
-    ):
+    with pytest.raises(ModelError, match=r"conv_out\.bias holds 99840, beyond the largest float16 number 65504"):
         _quantize(loaded, make_recipe())
 
 

@@ -38,9 +38,7 @@ def _same(first: ActivationRanges, second: ActivationRanges) -> bool:
     )
 
 
-def _watch_by_hand(
-    model: LoadedModel, layers: list[str], recipe: Recipe
-) -> dict[str, dict[int, list[Tensor]]]:
+def _watch_by_hand(model: LoadedModel, layers: list[str], recipe: Recipe) -> dict[str, dict[int, list[Tensor]]]:
     """Every input of some layers in the same sampler run, by timestep, with hooks of the test's own."""
     seen: dict[str, dict[int, list[Tensor]]] = {layer: {} for layer in layers}
     now = 0
@@ -87,9 +85,7 @@ def test_ranges_are_those_of_the_sampler(tiny: LoadedModel, make_recipe: MakeRec
         assert static.high[layer].tolist() == [ranges.high[layer].max()]
 
 
-def test_shared_inputs_are_observed_once_and_hooks_are_removed(
-    tiny: LoadedModel, make_recipe: MakeRecipe
-) -> None:
+def test_shared_inputs_are_observed_once_and_hooks_are_removed(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
     recipe = make_recipe()
     plans = plan_layers(tiny.denoiser, recipe)
     ranges = calibrate(tiny, plans, recipe)
@@ -172,9 +168,7 @@ def test_interrupted_calibration_goes_on_to_the_same_bits(
     assert calls == [3, 4, 5, 6]  # the first batch was not sampled again
     assert _same(whole, resumed)
     calls.clear()
-    assert _same(
-        whole, _run(tiny, recipe, state_dir=tmp_path, on_progress=lambda done, _: calls.append(done))
-    )
+    assert _same(whole, _run(tiny, recipe, state_dir=tmp_path, on_progress=lambda done, _: calls.append(done)))
     assert calls == []
 
 
@@ -197,9 +191,7 @@ def test_saved_state_serves_other_widths_but_not_other_settings(
     assert run(make_recipe(calibration={**calibration, "steps": 3})) == 3
 
 
-def test_saved_state_of_other_weights_is_not_used(
-    tiny_folder: Path, make_recipe: MakeRecipe, tmp_path: Path
-) -> None:
+def test_saved_state_of_other_weights_is_not_used(tiny_folder: Path, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(calibration={"prompts": 1, "steps": 1})
     model = load_model(tiny_folder)
     _run(model, recipe, state_dir=tmp_path)
@@ -220,9 +212,7 @@ def test_damaged_state_is_named(tiny: LoadedModel, make_recipe: MakeRecipe, tmp_
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_activations_name_layer_and_step(
-    tiny_folder: Path, make_recipe: MakeRecipe, bad: float
-) -> None:
+def test_non_finite_activations_name_layer_and_step(tiny_folder: Path, make_recipe: MakeRecipe, bad: float) -> None:
     model = load_model(tiny_folder)
     recipe = make_recipe()
     timesteps = schedule_timesteps(model, recipe.calibration)
@@ -257,14 +247,11 @@ def test_layer_that_does_not_run_in_a_step(tiny_folder: Path, make_recipe: MakeR
 
     plans = plan_layers(model.denoiser, recipe)
     renamed = [
-        plan if plan.name != "conv_out" else type(plan)(**{**_fields(plan), "name": "conv_out.inner"})
-        for plan in plans
+        plan if plan.name != "conv_out" else type(plan)(**{**_fields(plan), "name": "conv_out.inner"}) for plan in plans
     ]
     model.denoiser.conv_out = Lazy(block)
     last = schedule_timesteps(model, recipe.calibration)[-1]
-    with pytest.raises(
-        ModelError, match=rf"layer conv_out\.inner did not run at timestep {last} \(1 of 3 steps"
-    ):
+    with pytest.raises(ModelError, match=rf"layer conv_out\.inner did not run at timestep {last} \(1 of 3 steps"):
         calibrate(model, renamed, recipe)
 
 
@@ -290,9 +277,7 @@ def test_fractional_timesteps(tmp_path: Path) -> None:
 
 
 def test_second_order_samplers_share_the_row_of_a_timestep(tmp_path: Path, make_recipe: MakeRecipe) -> None:
-    model = load_model(
-        save_tiny_pipeline(tmp_path / "heun", "sd", TinyOptions(scheduler="HeunDiscreteScheduler"))
-    )
+    model = load_model(save_tiny_pipeline(tmp_path / "heun", "sd", TinyOptions(scheduler="HeunDiscreteScheduler")))
     recipe = make_recipe(activation_rows="per_step", calibration={"prompts": 1, "steps": 4})
     seen: list[tuple[int, int]] = []
     ranges = _run(model, recipe, on_progress=lambda done, total: seen.append((done, total)))

@@ -44,9 +44,7 @@ def _predict(model: QuantizedModel, timestep: int) -> Tensor:
 
 @pytest.mark.parametrize("rows", ["static", "per_step"])
 @pytest.mark.parametrize("body", ["fp32", "fp16"])
-def test_round_trip_is_exact(
-    tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path, body: str, rows: str
-) -> None:
+def test_round_trip_is_exact(tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path, body: str, rows: str) -> None:
     activation = {"bits": 8, "symmetric": False, "signed": False}
     calibration = {"prompts": 2, "batch_size": 2, "steps": 2, "seed": 7}
     recipe = make_recipe(activation, body=body, activation_rows=rows, calibration=calibration)

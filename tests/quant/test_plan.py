@@ -54,9 +54,7 @@ def test_last_rule_wins(tiny: LoadedModel) -> None:
         {"match": ["conv_in", "conv_out"]},
         {"match": r"re:.*\.to_out\.\d+", "weight": W8, "activation": A8},
     )
-    widths = {
-        name: plan.weight.bits if plan.weight else None for name, plan in plans.items() if not plan.folded
-    }
+    widths = {name: plan.weight.bits if plan.weight else None for name, plan in plans.items() if not plan.folded}
     assert widths["conv_in"] is widths["conv_out"] is None
     assert not plans["conv_in"].quantized
     assert plans["conv_in"].why == "rule 3 (match: conv_in, conv_out)"
@@ -95,9 +93,7 @@ def test_rule_that_matches_nothing(tiny: LoadedModel, rule: dict[str, Any], mess
         _plans(tiny, ALL, rule)
 
 
-def test_rule_for_folded_layers_only_is_announced(
-    tiny: LoadedModel, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rule_for_folded_layers_only_is_announced(tiny: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         plans = _plans(tiny, ALL, {"match": "time_embedding.*", "weight": W4, "activation": A8})
     assert "matches only layers that become a table" in caplog.text

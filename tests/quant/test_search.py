@@ -68,9 +68,7 @@ def test_half_precision_weights_give_the_same_range() -> None:
 
 def test_weights_have_no_percentile() -> None:
     with pytest.raises(ValueError, match="minmax and mse, not percentile"):
-        weight_range(
-            torch.randn(2, 2), QuantSpec.model_validate({"bits": 8, "observer": {"kind": "percentile"}})
-        )
+        weight_range(torch.randn(2, 2), QuantSpec.model_validate({"bits": 8, "observer": {"kind": "percentile"}}))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
