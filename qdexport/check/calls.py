@@ -1,9 +1,10 @@
-"""The denoiser calls on which a model is checked: the real sampler's inputs, or random ones without a sampler."""
+"""The denoiser calls on which a model is checked: a real sampler's inputs, or random ones without one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from qdexport.models.sampling import (
     prompts_for,
     record_calls,
 )
+from qdexport.quant.attach import QuantizedModel
 
 __all__ = ["check_calls", "fake_quant_denoiser", "fit_inputs", "row_chunks", "spread"]
 
@@ -26,61 +28,67 @@ _T = TypeVar("_T")
 
 
 def check_calls(
-    qm: Any, io: IoSpec, count: int, seed: int, on_progress: OnProgress | None = None
+    model: QuantizedModel,
+    io: IoSpec,
+    count: int,
+    seed: int,
+    on_progress: OnProgress | None = None,
+    batches: int = 1,
 ) -> list[DenoiserCall]:
     """Denoiser calls at ``count`` timesteps of the model's schedule, the first and the last among them.
 
     With a pipeline, the inputs are those of the fake-quant model's own sampling run; else they are random.
 
     Args:
-        qm: the fake-quant model.
+        model: the fake-quant model.
         io: the exported network's inputs; the calls have its dtypes and its best sizes.
-        count: how many, 2 at least; fewer when the schedule is shorter.
+        count: how many timesteps; fewer when the schedule is shorter.
         seed: of the prompts and the noise.
         on_progress: called after each denoiser call with the calls done and their total.
+        batches: sampling runs, each with prompts and noise of its own; of each, a call at every chosen timestep
+            is kept.
 
     Returns:
-        Calls from the noisiest timestep on, ready for PyTorch and ONNX alike.
+        Calls ready for PyTorch and ONNX alike, run by run, from the noisiest timestep on.
     """
-    if qm.loaded.pipeline is None:
+    if model.loaded.pipeline is None:
         return [
-            DenoiserCall(step=step, timestep=timestep, inputs=_random_inputs(io, timestep, seed), batch=0)
-            for step, timestep in spread(list(enumerate(_timesteps(qm))), count)
+            _random_call(io, step, timestep, batch, seed)
+            for batch in range(batches)
+            for step, timestep in spread(list(enumerate(_timesteps(model))), count)
         ]
-    sample = io.inputs[0].shape()
-    rows = sample[0]
-    images = max(1, rows // 2) if qm.loaded.defaults.cfg else rows
+    shape = io.inputs[0].shape()
+    images = max(1, shape[0] // 2) if model.loaded.defaults.cfg else shape[0]
     request = SampleRequest(
-        prompts=tuple(prompts_for(qm.loaded, images, seed)),
+        prompts=tuple(prompts_for(model.loaded, images * batches, seed)),
         seed=seed,
-        steps=qm.recipe.calibration.steps,
+        steps=model.recipe.calibration.steps,
+        guidance_scale=model.recipe.calibration.guidance_scale,
         batch_size=images,
-        height=sample[2],
-        width=sample[3],
+        height=shape[2],
+        width=shape[3],
     )
-    recorded = record_calls(qm.loaded, request, denoiser=fake_quant_denoiser(qm), on_progress=on_progress)
-    first = {
-        call.step: call for call in reversed(recorded)
-    }  # samplers of higher order call twice at a timestep
-    return [
-        DenoiserCall(
-            step=call.step, timestep=call.timestep, inputs=fit_inputs(call.inputs, io), batch=call.batch
-        )
-        for call in spread([first[step] for step in sorted(first)], count)
-    ]
+    recorded = record_calls(
+        model.loaded, request, denoiser=fake_quant_denoiser(model), on_progress=on_progress
+    )
+    # samplers of higher order call twice at a timestep: the first call counts
+    first = {(call.batch, call.step): call for call in reversed(recorded)}
+    steps = spread(sorted({call.step for call in recorded}), count)
+    chosen = [first[batch, step] for batch in range(batches) for step in steps]
+    return [replace(call, inputs=fit_inputs(call.inputs, io)) for call in chosen]
 
 
-def fake_quant_denoiser(qm: Any) -> NamedDenoiser:
+def fake_quant_denoiser(model: QuantizedModel) -> NamedDenoiser:
     """The fake-quant denoiser for a pipeline of another dtype: inputs and prediction are converted."""
 
     def predict(inputs: dict[str, Tensor]) -> Tensor:
-        body = next(qm.denoiser.parameters()).dtype
+        body = next(model.denoiser.parameters()).dtype
         converted = {
             name: tensor.to(body) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()
         }
-        return call_denoiser(qm.denoiser, converted).to(inputs["sample"].dtype)
+        return call_denoiser(model.denoiser, converted).to(inputs["sample"].dtype)
 
-    return NamedDenoiser(predict, qm.denoiser)
+    return NamedDenoiser(predict, model.denoiser)
 
 
 def fit_inputs(inputs: Mapping[str, Tensor], io: IoSpec) -> dict[str, Tensor]:
@@ -126,10 +134,11 @@ def spread(items: Sequence[_T], count: int) -> list[_T]:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _timesteps(qm: Any) -> list[int]:
-    return [int(step) for step in qm.timesteps] or [999, 500, 1]
+def _timesteps(model: QuantizedModel) -> list[int]:
+    return [int(step) for step in model.timesteps] or [999, 500, 1]
 
 
-def _random_inputs(io: IoSpec, timestep: int, seed: int) -> dict[str, Tensor]:
-    inputs = example_inputs(io, seed + timestep)
-    return {**inputs, "timestep": torch.tensor([timestep])}
+def _random_call(io: IoSpec, step: int, timestep: int, batch: int, seed: int) -> DenoiserCall:
+    inputs = example_inputs(io, 10_000 * (seed + batch) + timestep)
+    inputs["timestep"] = torch.tensor([timestep])
+    return DenoiserCall(step=step, timestep=timestep, inputs=inputs, batch=batch)

@@ -1,4 +1,4 @@
-"""Tier 3: the engine against golden inputs and outputs, on a machine with the GPU, through Polygraphy."""
+"""Engine parity: an engine against golden inputs and outputs, on a machine with the GPU, through Polygraphy."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from qdexport.check.calls import fit_inputs
-from qdexport.check.session import reference_session
+from qdexport.check.session import ort_errors, reference_session
 from qdexport.core.files import atomic_dir
+from qdexport.core.io_spec import IoSpec
+from qdexport.core.target import Target
 from qdexport.errors import MissingDependencyError, ModelError, ParityError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from qdexport.core.io_spec import IoSpec
-    from qdexport.core.target import Target
-    from qdexport.models.sampling import DenoiserCall
+from qdexport.models.sampling import DenoiserCall
 
 __all__ = ["engine_parity", "write_golden"]
 
@@ -31,7 +28,13 @@ _NO_DEVICE: Final = 3
 
 
 def write_golden(folder: Path, onnx_path: Path, io: IoSpec, calls: Sequence[DenoiserCall]) -> None:
-    """Stores denoiser calls and what ONNX Runtime answers, one ``NN.npz`` each, keys ``input/*`` and ``output/*``.
+    """Stores denoiser calls and ONNX Runtime's answers: a ``NN.npz`` each, keys ``input/*`` and ``output/*``.
+
+    Args:
+        folder: replaced as a whole.
+        onnx_path: the emitted file.
+        io: its inputs and outputs.
+        calls: what to store.
 
     Raises:
         ParityError: the file does not run.
@@ -42,18 +45,30 @@ def write_golden(folder: Path, onnx_path: Path, io: IoSpec, calls: Sequence[Deno
     names = [item.name for item in session.get_outputs()]
     with atomic_dir(folder) as partial:
         for index, call in enumerate(calls):
-            feed = {name: value.numpy() for name, value in fit_inputs(call.inputs, io).items() if name in known}
-            answers = session.run(None, feed)
-            stored = {f"input/{name}": value for name, value in feed.items()}
-            stored |= {f"output/{name}": np.asarray(value) for name, value in zip(names, answers, strict=True)}
-            np.savez(partial / f"{index:02d}.npz", **stored)
+            inputs = fit_inputs(call.inputs, io)
+            feed = {name: tensor.numpy() for name, tensor in inputs.items() if name in known}
+            try:
+                answers = session.run(None, feed)
+            except ort_errors() as error:
+                raise ParityError(f"{onnx_path} does not run: {str(error).splitlines()[0]}") from error
+            stored = {f"input/{name}": array for name, array in feed.items()}
+            stored |= {f"output/{name}": array for name, array in zip(names, answers, strict=True)}
+            np.savez(partial / f"{index:02d}.npz", **stored)  # type: ignore[arg-type]  # numpy's stub
 
 
 def engine_parity(engine: Path, golden: Path, target: Target) -> list[float]:
-    """SQNR in decibels of the engine's answers to every golden call, in a child process of the right flavour.
+    """Runs an engine on the golden inputs, in a child process with the right flavour of Polygraphy.
+
+    Args:
+        engine: a file that a builder made.
+        golden: what :func:`write_golden` wrote.
+        target: whose engine it is.
+
+    Returns:
+        SQNR in decibels of every output of every golden call, against ONNX Runtime's.
 
     Raises:
-        ModelError: there are no golden files.
+        ModelError: there are no golden files, or the target has no engines.
         MissingDependencyError: there is no GPU that can run the engine, or the runtime is not installed.
         ParityError: the engine cannot be loaded, or does not answer.
     """
@@ -61,13 +76,17 @@ def engine_parity(engine: Path, golden: Path, target: Target) -> list[float]:
     if not files:
         raise ModelError(f"{golden} holds no golden files; run `qdexport validate` first")
     if target.module is None:
-        raise ModelError(f"target {target.name} has no engine; its ONNX file is what the golden outputs came from")
+        raise ModelError(
+            f"target {target.name} has no engine; its ONNX file is what the golden outputs came from"
+        )
+    if not engine.is_file():
+        raise ModelError(f"there is no engine {engine}; run `qdexport build` first")
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": _FLAVOUR[target.module]}
-    command = [sys.executable, "-m", _CHILD, str(engine), *map(str, files)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 our own module
+    command = [sys.executable, "-m", _CHILD, target.module, str(engine), *map(str, files)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
     if done.returncode == _NO_DEVICE:
-        raise MissingDependencyError(f"the engine cannot run here: {done.stderr.strip().splitlines()[-1]}")
+        raise MissingDependencyError(f"the engine cannot run here: {last}")
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or [f"it ended with code {done.returncode}"]
-        raise ParityError(f"the engine {engine} does not run: {last[0]}")
+        raise ParityError(f"the engine {engine} does not run: {last}")
     return [float(value) for value in json.loads(done.stdout.splitlines()[-1])]

@@ -20,8 +20,8 @@ __all__ = ["OnnxDenoiser"]
 class OnnxDenoiser(NamedDenoiser):
     """Runs an ONNX file in ONNX Runtime with the call signature of a diffusers UNet.
 
-    Calls of any number of rows are split and padded to what the file takes; inputs are converted to its dtypes
-    and the prediction back. Config, dtype and device are those of the UNet that it stands for.
+    Calls of any number of rows are split and padded to what the file takes; inputs are converted to its
+    dtypes and the prediction back. Config, dtype and device are those of the UNet that it stands for.
 
     Args:
         path: the emitted file.

@@ -1,8 +1,8 @@
 """Compiler parity: fake-quant PyTorch against the ONNX file, layer by layer on equal inputs, and end to end.
 
 A network-wide comparison neither passes when a quantized network is right nor tells where it is wrong: a
-difference in the last bit flips a code, and the network multiplies it. Each layer on its own, fed with the same
-tensor, has to agree.
+difference in the last bit flips a code, and the network multiplies it. Each layer on its own, fed with the
+same tensor, has to agree.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qdexport.check.calls import fit_inputs
+from qdexport.check.exact import exact_predictions
 from qdexport.check.measure import WORST_DB, flip_rate
 from qdexport.check.runs import Feed, compare_with_onnx
 from qdexport.core.carrier import carrier_offset
@@ -33,6 +34,7 @@ from qdexport.graph.probe import build_probe, find_probes, weight_codes
 from qdexport.models.denoiser import call_denoiser
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.affine import quantize_codes
+from qdexport.quant.attach import QuantizedModel
 from qdexport.quant.modules import ActivationQuantizer, QuantSplitConv2d, WeightQuantizer
 from qdexport.quant.ops import NO_AXIS
 
@@ -45,54 +47,66 @@ _CHUNK_BYTES = 256 << 20
 
 
 def layer_parity(
-    qm: Any, onnx_path: Path, io: IoSpec, calls: Sequence[DenoiserCall], on_progress: OnCall | None = None
+    model: QuantizedModel,
+    onnx_path: Path,
+    io: IoSpec,
+    calls: Sequence[DenoiserCall],
+    on_progress: OnCall | None = None,
 ) -> list[LayerParity]:
     """Compares every quantized layer on the inputs that it has in the given denoiser calls.
 
-    Layers are cut out of the ONNX file and run in chunks as PyTorch reaches them, so that the memory beyond the
-    two models stays below some hundred megabytes.
+    Layers are cut out of the ONNX file and run in chunks as PyTorch reaches them, so that the memory beyond
+    the two models stays below some hundred megabytes.
 
     Args:
-        qm: the fake-quant model.
+        model: the fake-quant model.
         onnx_path: the emitted file.
         io: its inputs.
         calls: at three timesteps or more, the first and the last of a schedule among them.
         on_progress: called with the denoiser calls done and their total.
 
     Returns:
-        One entry per quantized layer (per part of a split layer), in the plan's order: the worst of all calls.
+        One entry per quantized layer (per part of a split layer), in the plan's order, of its worst call.
 
     Raises:
         ParityError: a layer is not quantized in the file, does not run in PyTorch, or the file cannot be run.
     """
-    plans = [plan for plan in qm.plans if plan.quantized]
+    plans = [plan for plan in model.plans if plan.quantized]
     comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts])
     for done, call in enumerate(calls):
         inputs = fit_inputs(call.inputs, io)
         comparison.start({name: tensor.numpy() for name, tensor in inputs.items()})
-        with torch.no_grad(), _tapped(qm.denoiser, plans, comparison):
-            call_denoiser(qm.denoiser, inputs)
+        with torch.no_grad(), _tapped(model.denoiser, plans, comparison):
+            call_denoiser(model.denoiser, inputs)
         comparison.finish()
         if on_progress is not None:
             on_progress(done + 1, len(calls))
     return comparison.results(len(calls))
 
 
-def end_to_end(qm: Any, onnx_path: Path, io: IoSpec, calls: Sequence[DenoiserCall]) -> float:
-    """The SQNR of whole denoiser calls in decibels, ONNX Runtime against fake-quant PyTorch: their median.
+def end_to_end(
+    model: QuantizedModel,
+    onnx_path: Path,
+    io: IoSpec,
+    calls: Sequence[DenoiserCall],
+    exact: Sequence[np.ndarray] | None = None,
+) -> float:
+    """The SQNR of whole denoiser calls in decibels: their median.
+
+    Args:
+        model: the fake-quant model.
+        onnx_path: the emitted file, run by ONNX Runtime.
+        io: its inputs and outputs.
+        calls: the inputs; those of the noise floor that stands beside the number.
+        exact: what the fake-quant model gives for them in FP32, if it is known already.
 
     Raises:
         ParityError: the file cannot be run on these calls.
     """
     feeds = [{name: tensor.numpy() for name, tensor in fit_inputs(call.inputs, io).items()} for call in calls]
     output = io.outputs[0].name
-
-    def reference(feed: Feed) -> Feed:
-        with torch.no_grad():
-            inputs = {name: torch.from_numpy(array) for name, array in feed.items()}
-            return {output: call_denoiser(qm.denoiser, inputs).numpy()}
-
-    matches = compare_with_onnx(onnx_path, reference, feeds)
+    answers = iter(exact_predictions(model.denoiser, io, calls) if exact is None else exact)
+    matches = compare_with_onnx(onnx_path, lambda _: {output: next(answers)}, feeds)
     return statistics.median(match[output].sqnr_db for match in matches)
 
 

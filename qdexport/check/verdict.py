@@ -1,22 +1,23 @@
-"""Thresholds of compiler parity, and the verdict."""
+"""Thresholds of compiler and engine parity, and the verdict."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import statistics
+from collections.abc import Sequence
+from typing import Final
 
 from qdexport.core.results import EndToEnd, LayerParity, Parity
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-__all__ = ["FLIP_LIMIT", "FLOOR_MARGIN_DB", "LAYER_SQNR_DB", "judge"]
+__all__ = ["FLIP_LIMIT", "FLOOR_MARGIN_DB", "LAYER_SQNR_DB", "engine_problems", "judge"]
 
 # FP32: sums of products in another order cost some 1e-7 relative (130 dB); 100 dB leaves room for cancellation.
 # FP16: every output is rounded to 11 bits (about 74 dB), operands of a per-step layer once more.
 LAYER_SQNR_DB: Final = {"fp32": 100.0, "fp16": 60.0}
 FLIP_LIMIT: Final = 1e-4
 FLOOR_MARGIN_DB: Final = 1.0
-_NAMED = 3
+# ONNX Runtime's answers are rounded as the engine's are: two errors of equal size are 3 dB
+_TWO_ERRORS_DB: Final = 3.0
+_NAMED: Final = 3
 
 
 def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: str) -> Parity:
@@ -24,7 +25,7 @@ def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: 
 
     Args:
         layers: one entry per quantized layer.
-        whole: one denoiser call beside its noise floor.
+        whole: the whole network beside its noise floor.
         body: ``fp32`` or ``fp16``.
         reference: who computed the other side.
 
@@ -32,20 +33,47 @@ def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: 
         The parity record; a failure's reasons name the worst layers.
     """
     least = LAYER_SQNR_DB[body]
+    weights = [item for item in layers if item.weight_flip_rate > 0]
+    flips = [item for item in layers if item.code_flip_rate > FLIP_LIMIT]
+    # written so that a NaN fails
+    noisy = [item for item in layers if not item.sqnr_db >= least]
     reasons = [
-        *_worst([item for item in layers if item.weight_flip_rate > 0], "weight codes differ", "weight_flip_rate"),
-        *_worst([item for item in layers if item.code_flip_rate > FLIP_LIMIT],
-                f"more than {FLIP_LIMIT:g} of the integer codes differ", "code_flip_rate"),
-        *_worst([item for item in layers if not item.sqnr_db >= least], f"output below {least:g} dB", "sqnr_db"),
+        *_worst(weights, "integer weights differ", "weight_flip_rate"),
+        *_worst(flips, f"more than {FLIP_LIMIT:g} of the integer codes differ", "code_flip_rate"),
+        *_worst(noisy, f"the output is below {least:g} dB", "sqnr_db"),
     ]
     if not whole.sqnr_db >= whole.noise_floor_db - FLOOR_MARGIN_DB:
         reasons.append(
             f"end to end {whole.sqnr_db:.1f} dB, more than {FLOOR_MARGIN_DB:g} dB below the noise floor of "
             f"{whole.noise_floor_db:.1f} dB"
         )
+    if not layers:
+        reasons.append("no layer was compared")
     return Parity(
-        reference=reference, layers=list(layers), end_to_end=whole, verdict="fail" if reasons else "pass", reasons=reasons
+        reference=reference,
+        layers=list(layers),
+        end_to_end=whole,
+        verdict="fail" if reasons else "pass",
+        reasons=reasons,
     )
+
+
+def engine_problems(sqnr_db: Sequence[float], noise_floor_db: float) -> list[str]:
+    """What is wrong with an engine's answers to the golden calls; nothing for a right engine.
+
+    Args:
+        sqnr_db: per golden call, engine against ONNX Runtime (:func:`qdexport.check.engine_parity.engine_parity`).
+        noise_floor_db: the network's, from the report.
+    """
+    least = noise_floor_db - FLOOR_MARGIN_DB - _TWO_ERRORS_DB
+    middle = statistics.median(sqnr_db)
+    if middle >= least:
+        return []
+    reason = (
+        f"the engine agrees with the golden outputs to {middle:.1f} dB only, less than {least:.1f} dB: the noise "
+        f"floor of {noise_floor_db:.1f} dB, less {noise_floor_db - least:g} dB for two rounded sides"
+    )
+    return [reason]
 
 
 def _worst(layers: Sequence[LayerParity], what: str, key: str) -> list[str]:
@@ -54,4 +82,4 @@ def _worst(layers: Sequence[LayerParity], what: str, key: str) -> list[str]:
     ordered = sorted(layers, key=lambda item: getattr(item, key), reverse=key != "sqnr_db")
     named = ", ".join(f"{item.name} ({getattr(item, key):.3g})" for item in ordered[:_NAMED])
     more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
-    return [f"{len(ordered)} layers: {what}: {named}{more}"]
+    return [f"{what} in {len(ordered)} {'layer' if len(ordered) == 1 else 'layers'}: {named}{more}"]
