@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qdexport.passes.expand_group_norm import ExpandGroupNorm
 from qdexport.passes.fold_adapters import FoldAdapters
 from qdexport.passes.fold_time_embedding import FoldTimeEmbedding
 from qdexport.passes.legalize_types import LegalizeTypes
@@ -20,6 +21,7 @@ __all__ = ["DEFAULT_ORDER", "default_passes"]
 DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
     FoldTimeEmbedding,
+    ExpandGroupNorm,
     FoldAdapters,
     LowerZeroPoint,
     LowerTimestepScale,

@@ -11,6 +11,7 @@ would turn that into a code like any other, a column that is 0 in every row is a
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -68,7 +69,7 @@ def _check_range(context: PassContext) -> None:
     for step in context.timesteps or ():
         if not 0 <= step < context.training_steps:
             raise GraphPassError(
-                f"timestep {step} is outside 0..{context.training_steps - 1}; use a schedule of the model's own training"
+                f"timestep {step} is outside 0..{context.training_steps - 1}; use the model's own schedule"
             )
 
 
@@ -120,7 +121,8 @@ def _frontier(model: ir.Model, timestep: ir.Value) -> list[ir.Value]:
         readers = [node for node in readers if module_of(node) != STEP_ROWS]
         if value is timestep and readers:
             raise GraphPassError(
-                f"{readers[0].name} reads the raw timestep beside other inputs; say `time_embedding: keep` in the recipe"
+                f"{readers[0].name} reads the raw timestep beside other inputs; say `time_embedding: keep` "
+                "in the recipe"
             )
         if readers or value.is_graph_output():
             _check_broadcast(value, readers)
@@ -161,9 +163,12 @@ def _in_float32(model: ir.Model) -> ir.Model:
     return model
 
 
-def _write_table(
-    timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext
-) -> ir.Value:
+def _size(dims: Sequence[int | ir.SymbolicDim]) -> int:
+    """The number of elements; the dimensions of a row of the table are known."""
+    return math.prod(int(str(dim)) for dim in dims)
+
+
+def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext) -> ir.Value:
     """Lets the table make all values of the frontier; returns the column that is 0 where there is a row, else NaN."""
     first = next(node for node in frontier[0].graph or () if any(value in frontier for value in node.outputs))
     writer = NodeWriter(first, _MODULE)
@@ -175,11 +180,9 @@ def _write_table(
     poisoned = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)]).astype(body.numpy())
     row = writer.op("Gather", [writer.constant("row_of_timestep", index), timestep], like=timestep)
     count = shape_of(timestep)[0]
-    values = writer.op(
-        "Gather", [writer.constant("rows", poisoned), row], dtype=body, shape=[count, table.shape[1]]
-    )
+    values = writer.op("Gather", [writer.constant("rows", poisoned), row], dtype=body, shape=[count, table.shape[1]])
     shapes = [[count, *list(shape_of(value))[1:]] for value in frontier]
-    widths = [*(int(np.prod(shape[1:])) for shape in shapes), 1]
+    widths = [*(_size(shape[1:]) for shape in shapes), 1]
     sizes = writer.constant("widths", np.array(widths, np.int64))
     *parts, guard = writer.many("Split", [values, sizes], {"axis": 1}, [[count, width] for width in widths])
     for value, part, shape in zip(frontier, parts, shapes, strict=True):

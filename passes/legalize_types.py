@@ -34,7 +34,11 @@ class LegalizeTypes:
     name: ClassVar[str] = "legalize-types"
     exact: ClassVar[bool] = True
     runs_after: ClassVar[tuple[str, ...]] = (
-        "fold-time-embedding", "fold-adapters", "lower-zero-point", "lower-timestep-scale", "lower-bitwidth",
+        "fold-time-embedding",
+        "fold-adapters",
+        "lower-zero-point",
+        "lower-timestep-scale",
+        "lower-bitwidth",
     )
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:

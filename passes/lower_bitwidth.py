@@ -4,8 +4,8 @@ Before: ``x -> FakeQuantize(s, z=0, qmin, qmax)``
 After:  ``x [-> Cast] [-> Clip(qmin s, qmax s)] -> QuantizeLinear(s) -> DequantizeLinear(s) [-> Cast]``
 
 Identity: INT8 saturates at -128 and 127, so a narrower range needs a Clip only; ``rint(clip(x, a s, b s) / s) =
-clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact. This is the portable typed
-form: FP32 scales between casts, which TensorRT 10.0 to 11.4, TensorRT-RTX and ONNX Runtime all compute alike.
+clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact. This is the portable
+typed form: FP32 scales between casts, which TensorRT 10.0 to 11.4, TensorRT-RTX and ONNX Runtime all compute alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ class LowerBitwidth:
     name: ClassVar[str] = "lower-bitwidth"
     exact: ClassVar[bool] = True
     runs_after: ClassVar[tuple[str, ...]] = (
-        "share-quantizers", "fold-adapters", "lower-zero-point", "lower-timestep-scale",
+        "share-quantizers",
+        "fold-adapters",
+        "lower-zero-point",
+        "lower-timestep-scale",
     )
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:

@@ -1,7 +1,8 @@
 """Lowers activation quantizers whose scale (and zero point) is a row of a table, chosen by the timestep.
 
 Before: ``x -> FakeQuantize(s[R], z[R], row) -> conv``
-After:  ``x -> Div s -> Round -> FakeQuantize(1) -> conv -> Mul s -> Add -> Cast`` with ``s = Split(Gather(table, row))``
+After:  ``x -> Div s -> Round -> FakeQuantize(1) -> conv -> Mul s -> Add -> Cast``
+        with ``s = Split(Gather(table, row))``
 
 Identity: ``conv(W, s q) = s conv(W, q)`` for the scalar ``s`` of a call; zero points as in
 :mod:`qdexport.passes.unit_scale`. One Gather serves all quantizers. TensorRT requires constant scales in front of
@@ -98,7 +99,9 @@ def _lower_all(row: ir.Value, nodes: Sequence[ir.Node]) -> None:
 def _columns(node: ir.Node) -> _Columns:
     scale, zero_point = const_of(node, 1).astype(np.float32), const_of(node, 2).astype(np.float32)
     if scale.ndim != 1:
-        raise GraphPassError(f"{module_of(node)}: {scale.shape[1]} scales for the channels of an activation; use one scale per tensor")
+        raise GraphPassError(
+            f"{module_of(node)}: {scale.shape[1]} scales for the channels of an activation; use one scale per tensor"
+        )
     offset = carrier_offset(int_attr(node, "qmin"), int_attr(node, "qmax"), zero_point)
     return _Columns(scale=scale, zero_point=zero_point, offset=offset)
 

@@ -54,7 +54,8 @@ def _lower(node: ir.Node) -> None:
     zero_point = const_of(node, 2).astype(np.float32)
     if zero_point.size != 1:
         raise GraphPassError(
-            f"{module_of(node)}: {zero_point.size} zero points for the channels of an activation; use one scale per tensor"
+            f"{module_of(node)}: {zero_point.size} zero points for the channels of an activation; "
+            "use one scale per tensor"
         )
     offset = carrier_offset(qmin, qmax, zero_point)
     writer = NodeWriter(node)

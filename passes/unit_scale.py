@@ -151,8 +151,8 @@ def _check_form(node: ir.Node) -> None:
         attribute = node.attributes.get(name)
         if attribute is not None and attribute.value != value:
             raise GraphPassError(
-                f"{module_of(node)}: {node.op_type} with {name}={attribute.value!r} cannot take a scale that depends on "
-                f"the step or a zero point that does not fit; only {name}={value!r} can"
+                f"{module_of(node)}: {node.op_type} with {name}={attribute.value!r} cannot take a scale that depends "
+                f"on the step or a zero point that does not fit; only {name}={value!r} can"
             )
 
 
@@ -174,9 +174,7 @@ def _write_epilogue(node: ir.Node, parameters: UnitScale, body: ir.DataType) -> 
         graph_of(last).remove(last, safe=True)
 
 
-def _addend(
-    writer: NodeWriter, node: ir.Node, parameters: UnitScale, bias: np.ndarray | None
-) -> ir.Value | None:
+def _addend(writer: NodeWriter, node: ir.Node, parameters: UnitScale, bias: np.ndarray | None) -> ir.Value | None:
     """``s (o - z) sum(W) + b`` as a constant where it is one; None when there is neither."""
     shape = (1, -1, 1, 1) if node.op_type == "Conv" else (-1,)
     if parameters.correction is None:
@@ -224,5 +222,6 @@ def _weight_sums(node: ir.Node) -> np.ndarray:
 def _joined(a: ir.Value, b: ir.Value) -> ir.Shape:
     left, right = list(shape_of(a)), list(shape_of(b))
     rank = max(len(left), len(right))
-    left, right = [1] * (rank - len(left)) + left, [1] * (rank - len(right)) + right
+    left = [*(1 for _ in range(rank - len(left))), *left]
+    right = [*(1 for _ in range(rank - len(right))), *right]
     return ir.Shape([r if one == 1 else one for one, r in zip(left, right, strict=True)])

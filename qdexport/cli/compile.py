@@ -29,13 +29,16 @@ _STAGES = ["quantize", "export", "build", "validate"]
 _PARITY_FAILED = 8
 
 
-@click.command("compile", epilog="""\b
+@click.command(
+    "compile",
+    epilog="""\b
 Examples:
   qdexport compile shapes                                  the bundled model, W8A8, TensorRT-RTX
   qdexport compile ./my-sd --recipe w8a8-timestep --body fp16 --out out
   qdexport compile runwayml/stable-diffusion-v1-5 --recipe my.yaml --set calibration.prompts=64
   qdexport compile shapes --force build                    build again although nothing changed
-""")
+""",
+)
 @click.argument("model")
 @recipe_options
 @target_option
@@ -55,10 +58,12 @@ def compile_(model: str, **options: Any) -> None:
         raise SystemExit(_PARITY_FAILED)
 
 
-@click.command(epilog="""\b
+@click.command(
+    epilog="""\b
 Example:
   qdexport quantize shapes --recipe w8a8-asym --out out
-""")
+"""
+)
 @click.argument("model")
 @recipe_options
 @target_option
@@ -72,7 +77,7 @@ def quantize(model: str, **options: Any) -> None:
     _run(prepared, _out(prepared, options["out"]), options, lambda job: job.quantize())
 
 
-def _stage_command(name: str, help_text: str) -> Callable[..., Any]:
+def _stage_command(name: str, help_text: str) -> click.Command:
     @click.command(name, help=help_text, epilog=f"\b\nExample:\n  qdexport {name} out")
     @folder_argument
     @click.option("--target", help="Default: the folder's own.")
@@ -94,7 +99,9 @@ def _stage_command(name: str, help_text: str) -> Callable[..., Any]:
 
 export = _stage_command("export", "Lower the checkpoint in OUT to a type-exact QDQ ONNX file.")
 build = _stage_command("build", "Compile the ONNX file in OUT to an engine, in a child process.")
-validate = _stage_command("validate", "Check everything in OUT: parity layer by layer, noise floor, images, plan audit.")
+validate = _stage_command(
+    "validate", "Check everything in OUT: parity layer by layer, noise floor, images, plan audit."
+)
 
 
 def _options(model: str, options: dict[str, Any]) -> CompileOptions:
@@ -144,9 +151,7 @@ def _out(prepared: CompileOptions, given: Path | None) -> Path:
     return Path("qdexport-out") / f"{name}-{prepared.recipe.name}"
 
 
-def _run(
-    prepared: CompileOptions, out: Path, options: dict[str, Any], stage: Callable[[Compilation], None]
-) -> bool:
+def _run(prepared: CompileOptions, out: Path, options: dict[str, Any], stage: Callable[[Compilation], None]) -> bool:
     """Runs a stage over an output folder and shows the result; returns whether a check failed."""
     from qdexport.pipeline.compilation import Compilation, new_manifest, new_report
     from qdexport.pipeline.workspace import Workspace

@@ -19,13 +19,15 @@ _ROWS = 15
 _WIDTH = 44
 
 
-@click.command(epilog="""\b
+@click.command(
+    epilog="""\b
 Examples:
   qdexport inspect out                       the summary of a compilation
   qdexport inspect out/onnx/model.onnx       nodes, types, inputs, bytes
   qdexport inspect out/engine/plan.json      kernels and where they come from
   qdexport inspect out/checkpoint            quantizers, layer by layer
-""")
+"""
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="Show all layers or kernels, not only the largest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")

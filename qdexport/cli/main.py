@@ -39,12 +39,13 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except QdExportError as error:
             logging.getLogger(__name__).debug("traceback", exc_info=error)
-            shown = click.ClickException(str(error))
-            shown.exit_code = error.exit_code
-            raise shown from error
+            kind = type("Failure", (click.ClickException,), {"exit_code": error.exit_code})
+            raise kind(str(error)) from error
 
 
-@click.group(cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="qdexport")
 def cli() -> None:
     """Compiles quantized diffusion models for NVIDIA hardware, and proves at every step that nothing was lost."""
@@ -65,6 +66,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.exceptions.Abort):
         click.echo(
-            "\nInterrupted. Finished stages and calibration batches are kept: the same command continues there.", err=True
+            "\nInterrupted. Finished stages and calibration batches are kept: the same command continues there.",
+            err=True,
         )
         sys.exit(INTERRUPTED_EXIT_CODE)

@@ -22,7 +22,9 @@ _F = TypeVar("_F", bound="Callable[..., Any]")
 def common(function: _F) -> _F:
     """``--json`` and ``-v``."""
     for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print one JSON object on stdout; all else goes to stderr."
+        ),
         click.option("-v", "--verbose", count=True, help="Say more (-v: stages and passes, -vv: everything)."),
     ):
         function = option(function)
@@ -32,14 +34,25 @@ def common(function: _F) -> _F:
 def recipe_options(function: _F) -> _F:
     """``--recipe`` and what overrides it."""
     for option in (
-        click.option("--ranges", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-                     help="Activation ranges from a file (.safetensors or .json) instead of calibration."),
+        click.option(
+            "--ranges",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Activation ranges from a file (.safetensors or .json) instead of calibration.",
+        ),
         click.option("--variant", help="Variant of the weight files, for example fp16."),
-        click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
-                     help="Override a value of the recipe, for example --set calibration.prompts=8."),
-        click.option("--body", type=click.Choice(["auto", "fp32", "fp16"]), help="Type of everything that is not quantized."),
-        click.option("--recipe", default="w8a8", show_default=True,
-                     help="A preset (see `qdexport recipes`) or a .yaml file."),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override a value of the recipe, for example --set calibration.prompts=8.",
+        ),
+        click.option(
+            "--body", type=click.Choice(["auto", "fp32", "fp16"]), help="Type of everything that is not quantized."
+        ),
+        click.option(
+            "--recipe", default="w8a8", show_default=True, help="A preset (see `qdexport recipes`) or a .yaml file."
+        ),
     ):
         function = option(function)
     return function
@@ -48,14 +61,19 @@ def recipe_options(function: _F) -> _F:
 def target_option(function: _F) -> _F:
     """``--target``."""
     return click.option(
-        "--target", type=click.Choice(list(TARGETS)), default="tensorrt-rtx", show_default=True, help="Where it will run."
+        "--target",
+        type=click.Choice(list(TARGETS)),
+        default="tensorrt-rtx",
+        show_default=True,
+        help="Where it will run.",
     )(function)
 
 
 def out_option(function: _F) -> _F:
     """``--out``."""
     return click.option(
-        "--out", type=click.Path(file_okay=False, path_type=Path),
+        "--out",
+        type=click.Path(file_okay=False, path_type=Path),
         help="Output folder; default: qdexport-out/MODEL-RECIPE.",
     )(function)
 

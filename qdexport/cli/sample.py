@@ -17,21 +17,35 @@ if TYPE_CHECKING:
 __all__ = ["sample"]
 
 
-@click.command(epilog="""\b
+@click.command(
+    epilog="""\b
 Examples:
   qdexport sample shapes --prompt "a red circle on a white background"
   qdexport sample out --with fp --with quantized --with onnx --count 4 --out pictures
-""")
+"""
+)
 @click.argument("source", metavar="MODEL_OR_OUT")
 @click.option("--prompt", "prompts", multiple=True, help="Repeatable; default: prompts that suit the model.")
 @click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images, when no prompt is given.")
-@click.option("--with", "kinds", multiple=True, type=click.Choice(["fp", "quantized", "onnx"]),
-              help="Which denoisers; default: fp for a model, quantized and onnx for an output folder.")
+@click.option(
+    "--with",
+    "kinds",
+    multiple=True,
+    type=click.Choice(["fp", "quantized", "onnx"]),
+    help="Which denoisers; default: fp for a model, quantized and onnx for an output folder.",
+)
 @click.option("--steps", type=click.IntRange(1), help="Sampler steps; default: the model's or the recipe's.")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance; default: the model's.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Noise of image i comes from seed + i.")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("pictures"), show_default=True,
-              help="Folder for the PNG files.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Noise of image i comes from seed + i."
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("pictures"),
+    show_default=True,
+    help="Folder for the PNG files.",
+)
 @common
 def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, ...], **options: Any) -> None:
     """Sample images from a model, or side by side from an output folder of `qdexport compile`."""
@@ -44,7 +58,9 @@ def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, 
     denoisers = open_denoisers(source, kinds)
     texts = prompts or tuple(prompts_for(denoisers.loaded, count, options["seed"])) or ("",) * count
     request = SampleRequest(
-        prompts=texts, seed=options["seed"], steps=options["steps"] or denoisers.steps,
+        prompts=texts,
+        seed=options["seed"],
+        steps=options["steps"] or denoisers.steps,
         guidance_scale=options["guidance_scale"],
     )
     images: dict[str, np.ndarray] = {}

@@ -38,7 +38,9 @@ class Rule(_Part):
     @model_validator(mode="after")
     def _check(self) -> Rule:
         if (self.weight is None) != (self.activation is None):
-            raise ValueError("a rule needs both weight and activation, or neither (then the layer stays in floating point)")
+            raise ValueError(
+                "a rule needs both weight and activation, or neither (then the layer stays in floating point)"
+            )
         if self.weight is not None and not self.weight.symmetric:
             raise ValueError("weights are quantized symmetrically: set weight.symmetric to true")
         if self.activation is not None and self.activation.granularity != "per_tensor":
@@ -83,8 +85,12 @@ class Shapes(_Part):
     batch: int | tuple[int, int] | tuple[int, int, int] = Field(
         default=2, description="rows of one call: two per image with classifier-free guidance"
     )
-    height: int | tuple[int, int] | tuple[int, int, int] | None = Field(default=None, description="latent; default: the model's")
-    width: int | tuple[int, int] | tuple[int, int, int] | None = Field(default=None, description="latent; default: the model's")
+    height: int | tuple[int, int] | tuple[int, int, int] | None = Field(
+        default=None, description="latent; default: the model's"
+    )
+    width: int | tuple[int, int] | tuple[int, int, int] | None = Field(
+        default=None, description="latent; default: the model's"
+    )
     tokens: int | None = Field(default=None, ge=1, description="text length; default: the tokenizer's")
 
 
@@ -93,7 +99,9 @@ class Validation(_Part):
 
     images: int = Field(default=32, ge=1)
     seed: int = Field(default=0, ge=0)
-    parity_steps: int = Field(default=3, ge=3, description="denoiser calls compared layer by layer: first, last and between")
+    parity_steps: int = Field(
+        default=3, ge=3, description="denoiser calls compared layer by layer: first, last and between"
+    )
     floor_seeds: int = Field(default=8, ge=1, description="seeds of the stochastic rounding behind the noise floor")
     floor_steps: int = Field(default=4, ge=1, description="timesteps at which the noise floor is measured")
     golden: int = Field(default=2, ge=1, description="denoiser calls stored as golden inputs and outputs")
@@ -109,7 +117,9 @@ class Recipe(_Part):
     rules: tuple[Rule, ...] = Field(min_length=1)
     activation_rows: Literal["static", "per_step"] = "static"
     time_embedding: Literal["steps", "all", "keep"] = "steps"
-    split_shortcuts: bool = Field(default=False, description="own quantizers for the hidden and skip halves of up-block shortcuts")
+    split_shortcuts: bool = Field(
+        default=False, description="own quantizers for the hidden and skip halves of up-block shortcuts"
+    )
     calibration: Calibration = Calibration()
     shapes: Shapes = Shapes()
     compute_capabilities: tuple[str, ...] | None = None
@@ -202,7 +212,9 @@ def _explain(source: str, text: str, error: ValidationError) -> str:
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
         key = path[-1] if path else ""
-        line = next((i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*-?\s*{re.escape(key)}\s*:", row)), None)
+        line = next(
+            (i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*-?\s*{re.escape(key)}\s*:", row)), None
+        )
         where = f"{source}:{line}" if line else source
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, _known_keys(), n=1)

@@ -12,8 +12,19 @@ from qdexport.core.files import tree_sha256, write_json
 from qdexport.errors import ModelError
 
 __all__ = [
-    "Artifact", "Coverage", "EndToEnd", "EngineFacts", "KernelFact", "LayerParity", "Manifest", "Parity", "Plan",
-    "Quality", "QualityScores", "Report", "StageFacts",
+    "Artifact",
+    "Coverage",
+    "EndToEnd",
+    "EngineFacts",
+    "KernelFact",
+    "LayerParity",
+    "Manifest",
+    "Parity",
+    "Plan",
+    "Quality",
+    "QualityScores",
+    "Report",
+    "StageFacts",
 ]
 
 _T = TypeVar("_T", bound=BaseModel)
@@ -21,7 +32,9 @@ ArtifactKind = Literal["checkpoint", "onnx", "engine", "plan", "report", "images
 
 # JSON has no infinity; identical tensors have infinite SQNR, written as 999 dB
 _INFINITE_DB = 999.0
-Decibel = Annotated[float, PlainSerializer(lambda v: -_INFINITE_DB if math.isnan(v) else max(-_INFINITE_DB, min(v, _INFINITE_DB)))]
+Decibel = Annotated[
+    float, PlainSerializer(lambda v: -_INFINITE_DB if math.isnan(v) else max(-_INFINITE_DB, min(v, _INFINITE_DB)))
+]
 
 
 class _Record(BaseModel):
@@ -40,7 +53,9 @@ class Artifact(_Record):
     @classmethod
     def of(cls, root: Path, path: Path, kind: ArtifactKind, stage: str, inputs: dict[str, str]) -> Artifact:
         """Describes a finished file or folder below ``root``."""
-        return cls(kind=kind, path=path.relative_to(root).as_posix(), sha256=tree_sha256(path), stage=stage, inputs=inputs)
+        return cls(
+            kind=kind, path=path.relative_to(root).as_posix(), sha256=tree_sha256(path), stage=stage, inputs=inputs
+        )
 
 
 class Manifest(_Record):

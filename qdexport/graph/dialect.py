@@ -18,7 +18,8 @@ STEP_ROWS = "step_rows"
 
 _DOC = """Affine fake quantization in FP32, round half to even:
 y = (clip(rint(x / scale[row]) + zero_point[row], qmin, qmax) - zero_point[row]) * scale[row].
-scale and zero_point are [R] (per tensor) or [R, C] (C channels along axis); row is INT64 [1] or [N], absent when R = 1."""
+scale and zero_point are [R] (per tensor) or [R, C] (C channels along axis); row is INT64 [1] or [N], absent when
+R = 1."""
 
 
 def register_schema() -> None:
@@ -41,9 +42,7 @@ def register_schema() -> None:
                 ),
             ],
             outputs=[schema.FormalParameter("y", "T", "like x")],
-            type_constraints=[
-                ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")
-            ],
+            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "floating point")],
             attributes=[
                 schema.Attribute("qmin", onnx.defs.OpSchema.AttrType.INT, "smallest code"),
                 schema.Attribute("qmax", onnx.defs.OpSchema.AttrType.INT, "largest code"),

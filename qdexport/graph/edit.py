@@ -92,9 +92,7 @@ class NodeWriter:
         shapes: Sequence[Sequence[Dimension]],
     ) -> list[ir.Value]:
         """Adds a node with several outputs of the first input's type (Split)."""
-        node = ir.node(
-            op_type, list(inputs), attributes, num_outputs=len(shapes), name=f"{self.module}/{op_type}"
-        )
+        node = ir.node(op_type, list(inputs), attributes, num_outputs=len(shapes), name=f"{self.module}/{op_type}")
         node.metadata_props[LAYER_KEY] = self.module
         self._place(node)
         for out, shape in zip(node.outputs, shapes, strict=True):
@@ -108,12 +106,13 @@ class NodeWriter:
             return value
         return self.op("Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
 
-    def fake_quantize(
-        self, x: ir.Value, scale: ir.Value, zero_point: ir.Value, qmin: int, qmax: int
-    ) -> ir.Value:
+    def fake_quantize(self, x: ir.Value, scale: ir.Value, zero_point: ir.Value, qmin: int, qmax: int) -> ir.Value:
         """A per-tensor static FakeQuantize."""
         node = ir.node(
-            FAKE_QUANTIZE, [x, scale, zero_point], {"qmin": qmin, "qmax": qmax, "axis": -1}, domain=DOMAIN,
+            FAKE_QUANTIZE,
+            [x, scale, zero_point],
+            {"qmin": qmin, "qmax": qmax, "axis": -1},
+            domain=DOMAIN,
             name=f"{self.module}/{FAKE_QUANTIZE}",
         )
         node.metadata_props[LAYER_KEY] = self.module

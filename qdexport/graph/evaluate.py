@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "fake_quantize_codes", "subgraph"]
 
 
-def fake_quantize_codes(
-    x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int
-) -> np.ndarray:
+def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int) -> np.ndarray:
     """``clip(rint(x / scale) + zero_point, qmin, qmax)`` in FP32, half to even; parameters broadcast against ``x``."""
     ratio = np.divide(x, scale, dtype=np.float32)
     np.rint(ratio, out=ratio)
@@ -28,14 +26,21 @@ def fake_quantize_codes(
     return cast("np.ndarray", np.clip(ratio, qmin, qmax, out=ratio))
 
 
-class FakeQuantize(OpRun):  # type: ignore[misc]  # onnx ships no types for its reference operators
+class FakeQuantize(OpRun):
     """``qdexport::FakeQuantize`` for onnx's reference evaluator."""
 
     op_domain = DOMAIN
 
-    def _run(
-        self, x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, row: np.ndarray | None = None, *,
-        qmin: int, qmax: int, axis: int,
+    def _run(  # noqa: PLR0913  the signature of the operator
+        self,
+        x: np.ndarray,
+        scale: np.ndarray,
+        zero_point: np.ndarray,
+        row: np.ndarray | None = None,
+        *,
+        qmin: int,
+        qmax: int,
+        axis: int,
     ) -> tuple[np.ndarray]:
         index = np.zeros(1, np.int64) if row is None else row
         scale, zero_point = scale[index], zero_point[index]

@@ -14,8 +14,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
-    "COMPUTE_OPS", "compute_consumers", "const_of", "const_or_none", "dtype_of", "graph_of", "input_of", "int_attr",
-    "ints_attr", "is_fake_quantize", "module_of", "only_consumer", "shape_of", "value_name", "weight_source",
+    "COMPUTE_OPS",
+    "compute_consumers",
+    "const_of",
+    "const_or_none",
+    "dtype_of",
+    "graph_of",
+    "input_of",
+    "int_attr",
+    "ints_attr",
+    "is_fake_quantize",
+    "module_of",
+    "only_consumer",
+    "shape_of",
+    "value_name",
+    "weight_source",
 ]
 
 COMPUTE_OPS = frozenset({"Conv", "MatMul", "Gemm"})

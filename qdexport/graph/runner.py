@@ -118,11 +118,18 @@ def run_passes(
         report.changed = bool(report.touched)
         logger.info(
             "pass %d %s: %d -> %d nodes, %d modules touched, %.2f s",
-            index, report.name, report.nodes_before, report.nodes_after, len(report.touched), report.seconds,
+            index,
+            report.name,
+            report.nodes_before,
+            report.nodes_after,
+            len(report.touched),
+            report.seconds,
         )
         if dump_dir is not None:
             dump_dir.mkdir(parents=True, exist_ok=True)
-            ir.save(model, dump_dir / f"{index:02d}-{report.name}.onnx", external_data=f"{index:02d}-{report.name}.data")
+            ir.save(
+                model, dump_dir / f"{index:02d}-{report.name}.onnx", external_data=f"{index:02d}-{report.name}.data"
+            )
         reports.append(report)
     return reports
 

@@ -83,9 +83,7 @@ def new_manifest(options: CompileOptions) -> Manifest:
 
 def new_report(options: CompileOptions) -> Report:
     """The header of the output folder's report."""
-    return Report(
-        tool_version=__version__, model=options.model, recipe=options.recipe.name, target=options.target.name
-    )
+    return Report(tool_version=__version__, model=options.model, recipe=options.recipe.name, target=options.target.name)
 
 
 class Compilation:
@@ -112,7 +110,9 @@ class Compilation:
         """
         recipe, target = self.options.recipe, self.options.target
         if recipe.body != "auto" and recipe.body not in target.bodies:
-            raise RecipeError(f"target {target.name} cannot run a {recipe.body} body; it can: {', '.join(target.bodies)}")
+            raise RecipeError(
+                f"target {target.name} cannot run a {recipe.body} body; it can: {', '.join(target.bodies)}"
+            )
         if target.module is not None:
             checked_capabilities(target, recipe.compute_capabilities)
             require_builder(target)

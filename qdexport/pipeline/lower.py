@@ -44,9 +44,7 @@ def check_target(model: QuantizedModel, target: Target) -> None:
         )
 
 
-def lower_to_onnx(
-    model: QuantizedModel, folder: Path, target: Target, dump_dir: Path | None = None
-) -> Lowered:
+def lower_to_onnx(model: QuantizedModel, folder: Path, target: Target, dump_dir: Path | None = None) -> Lowered:
     """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx``.
 
     Raises:

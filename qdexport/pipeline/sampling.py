@@ -72,7 +72,9 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
     if not (folder / "manifest.json").is_file():
         others = [kind for kind in kinds if kind != "fp"]
         if others:
-            raise ModelError(f"{source} is no output folder of qdexport, so it has no {others[0]} denoiser; compile it first")
+            raise ModelError(
+                f"{source} is no output folder of qdexport, so it has no {others[0]} denoiser; compile it first"
+            )
         return Denoisers(loaded=load_model(source), by_kind={"fp": None}, steps=None)
     quantized = load_quantized(folder / "checkpoint")
     available: dict[str, Any] = {"fp": None, "quantized": quantized.denoiser}

@@ -167,7 +167,9 @@ def _refuse_foreign(root: Path) -> None:
     ours = {"checkpoint", "onnx", "engine", "images", "golden", REPORT_FILE, "report.html"}
     unknown = sorted(set(foreign) - ours)
     if unknown:
-        raise OutputError(f"{root} is not empty and no output folder of qdexport (it holds {unknown[0]}); choose another --out")
+        raise OutputError(
+            f"{root} is not empty and no output folder of qdexport (it holds {unknown[0]}); choose another --out"
+        )
 
 
 def _reset_peak() -> None:

@@ -21,14 +21,15 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qdexport import __version__
@@ -48,9 +49,10 @@ from qdexport.quant.attach import (
     shared_copy,
     training_steps_of,
 )
-from qdexport.quant.modules import quantizer_pairs
-from qdexport.quant.packing import pack_codes, unpack_codes, weight_codes
+from qdexport.quant.modules import WeightQuantizer, quantizer_pairs
+from qdexport.quant.packing import pack_codes, packed_layout, unpack_codes, weight_codes, weight_parts
 from qdexport.quant.plan import activation_keys
+from qdexport.quant.stream import LazyTensor, write_safetensors
 
 __all__ = ["QUANTIZATION_FILE", "RECIPE_FILE", "load_quantized", "save_quantized"]
 
@@ -98,15 +100,12 @@ def save_quantized(model: QuantizedModel, folder: Path, *, with_weights: bool = 
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
         raise OutputError(f"{folder} is not empty and no quantized checkpoint; choose another folder")
-    with atomic_dir(folder) as partial:
+    with atomic_dir(folder) as fresh:
         if with_weights:
-            _save_weights(model, partial)
-        save_file(
-            _stored_tensors(model),
-            partial / QUANTIZATION_FILE,
-            metadata={_METADATA_KEY: _facts(model, with_weights)},
-        )
-        (partial / RECIPE_FILE).write_text(model.recipe.to_yaml(), encoding="utf-8")
+            _save_weights(model, fresh)
+        metadata = {_METADATA_KEY: _facts(model, with_weights)}
+        write_safetensors(fresh / QUANTIZATION_FILE, _stored_tensors(model), metadata)
+        (fresh / RECIPE_FILE).write_text(model.recipe.to_yaml(), encoding="utf-8")
 
 
 def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> QuantizedModel:
@@ -174,20 +173,31 @@ def _facts(model: QuantizedModel, with_weights: bool) -> str:
     ).model_dump_json()
 
 
-def _stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
+    tensors: dict[str, LazyTensor] = {}
     for plan in model.plans:
         if plan.weight is None or not plan.quantized:
             continue
         layer = model.denoiser.get_submodule(plan.name)
-        parts = zip(plan.parts, weight_codes(layer), quantizer_pairs(layer), strict=True)
-        for part, codes, (inputs, weights) in parts:
-            tensors[f"{part}.weight_codes"] = torch.from_numpy(np.ascontiguousarray(pack_codes(codes, plan.weight)))
-            tensors[f"{part}.weight_scale"] = weights.scale.cpu()
-            # layers that share a quantizer each name its numbers, and safetensors refuses shared memory
-            tensors[f"{part}.input_scale"] = inputs.scale.cpu().clone()
-            tensors[f"{part}.input_zero_point"] = inputs.zero_point.cpu().clone()
+        for part, (inputs, _), (weight, quantizer) in zip(
+            plan.parts, quantizer_pairs(layer), weight_parts(layer), strict=True
+        ):
+            dtype, shape = packed_layout(plan.weight, tuple(weight.shape))
+            make = partial(_packed_codes, weight, quantizer)
+            tensors[f"{part}.weight_codes"] = LazyTensor(dtype=dtype, shape=shape, make=make)
+            tensors[f"{part}.weight_scale"] = _lazy(quantizer.scale)
+            tensors[f"{part}.input_scale"] = _lazy(inputs.scale)
+            tensors[f"{part}.input_zero_point"] = _lazy(inputs.zero_point)
     return tensors
+
+
+def _packed_codes(weight: Tensor, quantizer: WeightQuantizer) -> NDArray[Any]:
+    return pack_codes(weight_codes(weight, quantizer), quantizer.spec)
+
+
+def _lazy(tensor: Tensor) -> LazyTensor:
+    array = tensor.detach().float().cpu().numpy()
+    return LazyTensor(dtype=array.dtype, shape=array.shape, make=lambda: array)
 
 
 def read_facts(path: Path) -> _Facts:
@@ -274,7 +284,9 @@ def _verify_codes(path: Path, denoiser: nn.Module, plans: Sequence[LayerPlan]) -
         for plan in plans:
             if plan.weight is None or not plan.quantized:
                 continue
-            for part, codes in zip(plan.parts, weight_codes(denoiser.get_submodule(plan.name)), strict=True):
+            parts = weight_parts(denoiser.get_submodule(plan.name))
+            for part, (weight, quantizer) in zip(plan.parts, parts, strict=True):
+                codes = weight_codes(weight, quantizer)
                 packed = _tensor(file, path, f"{part}.weight_codes").numpy()
                 try:
                     stored = unpack_codes(packed, plan.weight, codes.shape)

@@ -13,9 +13,10 @@ from qdexport.core.spec import QuantSpec
 from qdexport.quant.affine import quantize_codes
 from qdexport.quant.modules import QuantSplitConv2d, WeightQuantizer, quantizer_pairs
 
-__all__ = ["integer_codes", "pack_codes", "unpack_codes", "weight_codes"]
+__all__ = ["integer_codes", "pack_codes", "packed_layout", "unpack_codes", "weight_codes", "weight_parts"]
 
 _NIBBLE_BITS = 4
+_BLOCK_VALUES = 1 << 17
 
 Codes = NDArray[np.integer[Any]]
 
@@ -32,23 +33,34 @@ def integer_codes(layer: nn.Module) -> Codes:
     Raises:
         TypeError: the layer is not quantized.
     """
-    return np.concatenate(weight_codes(layer), axis=1)
+    return np.concatenate([weight_codes(kernel, quantizer) for kernel, quantizer in weight_parts(layer)], axis=1)
 
 
-def weight_codes(layer: nn.Module) -> list[Codes]:
-    """As :func:`integer_codes`, one array per part of the layer."""
-    pairs = quantizer_pairs(layer)
-    weight = layer.get_parameter("weight")
-    kernels = torch.split_with_sizes(weight, layer.splits, dim=1) if isinstance(layer, QuantSplitConv2d) else (weight,)
-    return [_codes(kernel, quantizer) for kernel, (_, quantizer) in zip(kernels, pairs, strict=True)]
+def weight_parts(layer: nn.Module) -> list[tuple[Tensor, WeightQuantizer]]:
+    """The weight and its quantizer of each part of a quantized layer (one, unless it is split).
+
+    Raises:
+        TypeError: the layer is not quantized.
+    """
+    quantizers = [weights for _, weights in quantizer_pairs(layer)]
+    weight = layer.get_parameter("weight").detach()
+    if isinstance(layer, QuantSplitConv2d):
+        return list(zip(torch.split_with_sizes(weight, layer.splits, dim=1), quantizers, strict=True))
+    return [(weight, quantizers[0])]
 
 
-def _codes(weight: Tensor, quantizer: WeightQuantizer) -> Codes:
+def weight_codes(weight: Tensor, quantizer: WeightQuantizer) -> Codes:
+    """The integer codes of one weight, int8 or uint8; block by block, so that temporaries stay in the cache."""
+    codes = torch.empty(weight.shape, dtype=torch.int8 if quantizer.spec.signed else torch.uint8)
     shape = (-1, *[1] * (weight.dim() - 1))
     scale, zero_point = quantizer.scale.reshape(shape), quantizer.zero_point.reshape(shape)
-    codes = quantize_codes(weight.detach(), scale, zero_point, quantizer.spec.qmin, quantizer.spec.qmax)
-    dtype = torch.int8 if quantizer.spec.signed else torch.uint8
-    array: Codes = codes.to(dtype).cpu().numpy()
+    rows = max(1, _BLOCK_VALUES // max(1, weight[0].numel()))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        own = slice(None) if scale.shape[0] == 1 else part
+        block = quantize_codes(weight[part], scale[own], zero_point[own], quantizer.spec.qmin, quantizer.spec.qmax)
+        codes[part] = block.to(codes.dtype)
+    array: Codes = codes.numpy()
     return array
 
 
@@ -67,21 +79,27 @@ def pack_codes(codes: Codes, spec: QuantSpec) -> Codes:
     return flat[0::2] | (flat[1::2] << _NIBBLE_BITS)
 
 
+def packed_layout(spec: QuantSpec, shape: tuple[int, ...]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Type and shape of the stored form of codes of a weight of ``shape``."""
+    if spec.bits > _NIBBLE_BITS:
+        return np.dtype(np.int8 if spec.signed else np.uint8), shape
+    return np.dtype(np.uint8), ((int(np.prod(shape)) + 1) // 2,)
+
+
 def unpack_codes(packed: Codes, spec: QuantSpec, shape: tuple[int, ...]) -> Codes:
     """Inverse of :func:`pack_codes`.
 
     Raises:
         ValueError: the number of bytes or the type does not fit ``spec`` and ``shape``.
     """
-    dtype = np.dtype(np.int8 if spec.signed else np.uint8)
-    count = int(np.prod(shape))
+    dtype, packed_shape = packed_layout(spec, shape)
+    if packed.dtype != dtype or packed.shape != packed_shape:
+        raise ValueError(f"{packed.dtype} {list(packed.shape)}, expected {dtype} {list(packed_shape)}")
     if spec.bits > _NIBBLE_BITS:
-        if packed.dtype != dtype or packed.shape != shape:
-            raise ValueError(f"{packed.dtype} {list(packed.shape)}, expected {dtype} {list(shape)}")
         return packed
-    if packed.dtype != np.uint8 or packed.shape != ((count + 1) // 2,):
-        raise ValueError(f"{packed.dtype} {list(packed.shape)}, expected uint8 [{(count + 1) // 2}]")
-    flat = np.stack([packed & 0xF, packed >> 4], axis=1).reshape(-1)[:count].view(dtype)
+    count = int(np.prod(shape))
+    flat = np.stack([packed & 0xF, packed >> 4], axis=1).reshape(-1)[:count]
     if spec.signed:
+        flat = flat.view(np.int8)
         flat = (flat << _NIBBLE_BITS) >> _NIBBLE_BITS  # the nibble's sign fills the upper half
     return flat.reshape(shape)

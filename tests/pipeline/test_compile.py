@@ -84,7 +84,9 @@ def test_sampling_with_other_steps_than_the_time_table_is_refused(compiled, qdex
 
 def test_sampling_side_by_side_writes_pictures(compiled, qdexport, tmp_path):
     pictures = tmp_path / "pictures"
-    result = qdexport("sample", compiled, "--with", "fp", "--with", "onnx", "--steps", 3, "--count", 2, "--out", pictures)
+    result = qdexport(
+        "sample", compiled, "--with", "fp", "--with", "onnx", "--steps", 3, "--count", 2, "--out", pictures
+    )
     assert result.exit_code == 0, result.output
     assert (pictures / "grid.png").is_file()
     assert len(list((pictures / "onnx").glob("*.png"))) == 2

@@ -10,7 +10,7 @@ from torch import nn
 from qdexport.core.spec import QuantSpec
 from qdexport.quant.attach import weight_scale
 from qdexport.quant.modules import ActivationQuantizer, QuantLinear, QuantSplitConv2d, WeightQuantizer
-from qdexport.quant.packing import integer_codes, pack_codes, unpack_codes, weight_codes
+from qdexport.quant.packing import integer_codes, pack_codes, unpack_codes, weight_codes, weight_parts
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4, 2, 3, 3), (1,)])
@@ -73,9 +73,18 @@ def test_codes_of_a_split_layer_lie_side_by_side() -> None:
     layer = QuantSplitConv2d.wrap(conv, (4, 2), [a for a, _ in pairs], [w for _, w in pairs])
     codes = integer_codes(layer)
     assert codes.shape == conv.weight.shape
-    assert np.array_equal(codes[:, 4:], weight_codes(layer)[1])
+    assert np.array_equal(codes[:, 4:], weight_codes(*weight_parts(layer)[1]))
 
 
 def test_a_plain_layer_has_no_codes() -> None:
     with pytest.raises(TypeError, match="Linear is not quantized"):
         integer_codes(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_large_weights_are_coded_in_blocks(granularity: str) -> None:
+    spec = QuantSpec.model_validate({"bits": 8, "granularity": granularity})
+    weight = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)).half()  # 2.3 blocks
+    quantizer = WeightQuantizer(spec, weight_scale(weight, spec))
+    whole = (weight.float() / quantizer.scale.reshape(-1, 1)).round().clamp(-128, 127)
+    assert np.array_equal(weight_codes(weight, quantizer), whole.numpy())
