@@ -1,7 +1,8 @@
 """Writes GroupNorm out with FP32 sums where the target then makes one kernel of it.
 
 Before: ``x -> Reshape[N, G, L] -> InstanceNormalization -> Reshape -> y``
-After:  ``x -> Reshape[N, G, L] -> Cast -> ReduceMean, Sub, Mul, ReduceMean, Add eps, Sqrt, Div -> Cast -> Reshape -> y``
+After:  ``x -> Reshape[N, G, L] -> Cast -> ReduceMean, Sub, Mul, ReduceMean, Add eps, Sqrt, Div -> Cast -> Reshape
+        -> y``
 
 Identity: ``(x - mean) / sqrt(mean((x - mean)^2) + eps)`` over each group, the operator's own definition (its scale is 1
 and its bias 0 here; the affine part follows in the graph). Exact up to the order of FP32 sums.

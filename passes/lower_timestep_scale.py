@@ -47,8 +47,7 @@ class _Columns:
         if self.zero_point.any() or self.offset is not None:
             columns.append(self.zero_point)
         if self.offset is not None:
-            exact = self.scale.astype(np.float64) * (self.offset - self.zero_point.astype(np.float64))
-            columns.append(exact.astype(np.float32))
+            columns.append(self.offset - self.zero_point)
         return columns
 
 

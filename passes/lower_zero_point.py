@@ -65,15 +65,13 @@ def _lower(node: ir.Node) -> None:
         node.attributes["qmax"] = ir.AttrInt64("qmax", qmax - shift)
         node.replace_input_with(2, writer.constant("zero_point", np.zeros_like(zero_point)))
         return
-    scale = const_of(node, 1).astype(np.float32)
-    correction = scale.astype(np.float64) * (offset - zero_point.astype(np.float64))
     rewrite_unit_scale(
         node,
         UnitScale(
-            scale=writer.constant("scale", scale),
+            scale=writer.constant("scale", const_of(node, 1).astype(np.float32)),
             zero_point=writer.constant("zero_point", zero_point),
             offset_is_zero_point=False,
             offset=offset,
-            correction=writer.constant("correction", correction),
+            correction=writer.constant("correction", offset - zero_point),
         ),
     )

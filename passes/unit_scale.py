@@ -2,12 +2,15 @@
 
 With ``q = clip(rint(x / s) + z, qmin, qmax)`` and a constant offset ``o`` that brings ``q - o`` into INT8::
 
-    y = conv(W, (q - z) s) + b = s * conv(W, q - o) + s (o - z) * sum(W) + b
+    y = conv(w k, (q - z) s) + b = (conv(k, q - o) + (o - z) * sum(k)) * s w + b
 
-``o = z`` when ``q - z`` fits (then the second term vanishes and zero padding stays zero), else ``o = 128`` for unsigned
+for weight codes ``k`` with scales ``w``. ``o = z`` when ``q - z`` fits (then the second term vanishes, zero padding
+stays zero, and ``w`` may stay in the weight), else ``o = 128`` for unsigned
 8-bit codes: zero padding is then made explicit before the quantizer, so that every product sees the code of 0.
 ``s`` and ``z`` may be constants or rows of a table. The rounding is written out, so that the codes are exactly those of
-the fake-quant layer (a shift before the rounding would move ties). Everything outside is FP32, one Cast after.
+the fake-quant layer (a shift before the rounding would move ties). The two terms with ``o`` are many times larger than
+their sum; as whole numbers below 2^24 they are exact in FP32, so nothing is lost where they cancel. Everything outside
+is FP32, one Cast after.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class UnitScale:
         zero_point: FP32 integer valued, or None when it is 0 in every row.
         offset_is_zero_point: whether ``o = z``; else ``o`` is ``offset``.
         offset: the constant offset ``o``.
-        correction: FP32 ``s (o - z)``; None when ``o = z``.
+        correction: FP32 integer valued ``o - z``; None when ``o = z``.
     """
 
     scale: ir.Value
@@ -157,40 +160,37 @@ def _check_form(node: ir.Node) -> None:
 
 
 def _write_epilogue(node: ir.Node, parameters: UnitScale, body: ir.DataType) -> None:
-    """``y s + (s (o - z) sum(W) + b)`` in FP32, then one Cast; takes over the bias of the layer."""
+    """``(y + (o - z) sum(k)) s w + b`` in FP32, then one Cast; takes over the bias of the layer."""
     product = node.outputs[0]
     bias, last = _take_bias(node)
     old = last.outputs[0]
     writer = NodeWriter(last, module_of(node), after=True)
-    scaled = writer.op("Mul", [product, parameters.scale], dtype=_FLOAT, shape=product.shape)
-    y = scaled
-    addend = _addend(writer, node, parameters, bias)
-    if addend is not None:
+    shape = (1, -1, 1, 1) if node.op_type == "Conv" else (-1,)
+    if parameters.correction is None:
+        y = first = writer.op("Mul", [product, parameters.scale], dtype=_FLOAT, shape=product.shape)
+    else:
+        weight_scale, sums = _codes_alone(node)
+        shift = _times(writer, "weight_sums", sums.reshape(shape), parameters.correction)
+        factor = _times(writer, "weight_scale", weight_scale.reshape(shape), parameters.scale)
+        first = writer.op("Add", [product, shift], dtype=_FLOAT, shape=product.shape)
+        y = writer.op("Mul", [first, factor], dtype=_FLOAT, shape=product.shape)
+    if bias is not None:
+        addend = writer.constant("bias", bias.astype(np.float32).reshape(shape))
         y = writer.op("Add", [y, addend], dtype=_FLOAT, shape=product.shape)
     y = writer.cast(y, body)
-    rescaling = scaled.producer()
-    replace_value(old, y, keep=[] if rescaling is None else [rescaling])
+    reader = first.producer()
+    replace_value(old, y, keep=[] if reader is None else [reader])
     if last is not node:
         graph_of(last).remove(last, safe=True)
 
 
-def _addend(writer: NodeWriter, node: ir.Node, parameters: UnitScale, bias: np.ndarray | None) -> ir.Value | None:
-    """``s (o - z) sum(W) + b`` as a constant where it is one; None when there is neither."""
-    shape = (1, -1, 1, 1) if node.op_type == "Conv" else (-1,)
-    if parameters.correction is None:
-        return None if bias is None else writer.constant("bias", bias.astype(np.float32).reshape(shape))
-    sums = _weight_sums(node).reshape(shape)
-    fixed = const_or_none(parameters.correction)
+def _times(writer: NodeWriter, label: str, per_channel: np.ndarray, factor: ir.Value) -> ir.Value:
+    """The product of float64 numbers per channel and a graph value: a constant, rounded once, where that is one."""
+    fixed = const_or_none(factor)
     if fixed is not None:
-        total = sums * fixed.astype(np.float64) + (0.0 if bias is None else bias.astype(np.float64).reshape(shape))
-        return writer.constant("bias", total.astype(np.float32))
-    weight_sums = writer.constant("weight_sums", sums.astype(np.float32))
-    joined = _joined(weight_sums, parameters.correction)
-    term = writer.op("Mul", [weight_sums, parameters.correction], dtype=_FLOAT, shape=joined)
-    if bias is None:
-        return term
-    constant = writer.constant("bias", bias.astype(np.float32).reshape(shape))
-    return writer.op("Add", [term, constant], dtype=_FLOAT, shape=joined)
+        return writer.constant(label, (per_channel * fixed.astype(np.float64)).astype(np.float32))
+    constant = writer.constant(label, per_channel.astype(np.float32))
+    return writer.op("Mul", [constant, factor], dtype=_FLOAT, shape=_joined(constant, factor))
 
 
 def _take_bias(node: ir.Node) -> tuple[np.ndarray | None, ir.Node]:
@@ -209,14 +209,21 @@ def _take_bias(node: ir.Node) -> tuple[np.ndarray | None, ir.Node]:
     return None, node
 
 
-def _weight_sums(node: ir.Node) -> np.ndarray:
-    """``sum(W)`` per output channel of the dequantized weight, in float64."""
+def _codes_alone(node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
+    """Lets the layer multiply bare weight codes; returns what that took away, both float64 per output channel.
+
+    Returns:
+        The weight scales (one, or one per channel), and the sums of the codes.
+    """
     weight = _dequantized_weight(node)
-    codes, scale = const_of(weight, 0).astype(np.float64), const_of(weight, 1).astype(np.float64)
+    codes, scale = const_of(weight, 0), const_of(weight, 1).astype(np.float64).reshape(-1)
+    writer = NodeWriter(node, module_of(weight))
+    operands = [input_of(weight, 0), writer.constant("unit", np.float32(1)), writer.constant("zero", np.int8(0))]
+    node.replace_input_with(1, writer.op("DequantizeLinear", operands, dtype=_FLOAT, shape=codes.shape))
     transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not int_attr(node, "transB", 0))
     axis = 1 if transposed else 0
-    sums = codes.sum(axis=tuple(i for i in range(codes.ndim) if i != axis))
-    return np.asarray(sums * scale.reshape(-1))
+    sums = codes.astype(np.int64).sum(axis=tuple(i for i in range(codes.ndim) if i != axis))
+    return np.broadcast_to(scale, sums.shape), sums.astype(np.float64)
 
 
 def _joined(a: ir.Value, b: ir.Value) -> ir.Shape:

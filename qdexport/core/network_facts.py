@@ -78,7 +78,7 @@ class NetworkFacts(BaseModel):
         if missing:
             raise ModelError(
                 f"the time table was made for {len(known)} steps of {self.scheduler or 'the given schedule'} and has "
-                f"no row for timesteps {missing[:_SHOWN]}{' ...' if len(missing) > _SHOWN else ''}; sample with that "
-                "scheduler and number of steps, or compile with `time_embedding: all` (one row for every timestep) or `keep` "
-                "(leave the time layers in the network)"
+                f"no row for timesteps {missing[:_SHOWN]}{' ...' if len(missing) > _SHOWN else ''}; sample with "
+                "that scheduler and number of steps, or compile with `time_embedding: all` (one row for every "
+                "timestep) or `keep` (leave the time layers in the network)"
             )
