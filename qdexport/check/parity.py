@@ -29,6 +29,7 @@ from qdexport.core.carrier import carrier_offset
 from qdexport.core.io_spec import IoSpec
 from qdexport.core.results import LayerParity
 from qdexport.core.spec import LayerPlan
+from qdexport.emit.inspect import load_onnx
 from qdexport.errors import ParityError
 from qdexport.graph.probe import build_probe, find_probes, weight_codes
 from qdexport.models.denoiser import call_denoiser
@@ -70,6 +71,7 @@ def layer_parity(
 
     Raises:
         ParityError: a layer is not quantized in the file, does not run in PyTorch, or the file cannot be run.
+        ModelError: there is no such ONNX file.
     """
     plans = [plan for plan in model.plans if plan.quantized]
     comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts])
@@ -134,7 +136,7 @@ class _Comparison:
     """Takes tensors of layers from PyTorch, runs the same layers in ONNX Runtime, and keeps the worst."""
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self._model = ir.load(path)
+        self._model = load_onnx(path)
         self._folder = path.parent
         self._probes = find_probes(self._model, names)
         self._worst = {name: _Worst() for name in names}

@@ -39,7 +39,7 @@ class LayerProbe:
         x: the tensor that its quantizer reads.
         codes: the output of its QuantizeLinear.
         y: the layer's output before the next quantizer.
-        pads: ONNX padding (begins, then ends) between ``x`` and the codes; empty when there is none.
+        pads: ONNX padding of ``x`` (all axes, begins and then ends) before the codes; empty without padding.
         weight: the integer initializer of its weight.
         weight_transposed: whether that is ``[K, N]``, torch's weight transposed.
     """
