@@ -20,7 +20,7 @@ import onnx_ir as ir
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import STEP_ROWS
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
-from qdexport.graph.evaluate import evaluate, subgraph
+from qdexport.graph.evaluate import evaluator, subgraph
 from qdexport.graph.query import const_or_none, dtype_of, module_of, shape_of, value_name
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class FoldTimeEmbedding:
         if all(_is_tabled(value) for value in frontier):
             return
         _check_range(context)
-        rows = [_evaluate_rows(model, timestep, frontier, step) for step in context.timesteps]
-        table = np.stack(rows)
+        table = _evaluate_rows(model, timestep, frontier, context.timesteps)
         report.touched.extend(sorted({module_of(node) for value in frontier if (node := value.producer())}))
         _guard_outputs(model, _write_table(timestep, frontier, table, context))
         remove_unused(model)
@@ -139,11 +138,16 @@ def _check_broadcast(value: ir.Value, readers: Sequence[ir.Node]) -> None:
         )
 
 
-def _evaluate_rows(model: ir.Model, timestep: ir.Value, frontier: Sequence[ir.Value], step: int) -> np.ndarray:
-    """The frontier's values at one timestep, flattened, FP32."""
-    small = _in_float32(subgraph(model, [timestep], frontier))
-    results = evaluate(small, {value_name(timestep): np.array([step], np.int64)})
-    return np.concatenate([np.asarray(results[value_name(value)], np.float32).ravel() for value in frontier])
+def _evaluate_rows(
+    model: ir.Model, timestep: ir.Value, frontier: Sequence[ir.Value], steps: Sequence[int]
+) -> np.ndarray:
+    """The frontier's values at every timestep, flattened: FP32 ``[steps, columns]``."""
+    run = evaluator(_in_float32(subgraph(model, [timestep], frontier)))
+    rows = []
+    for step in steps:
+        results = run({value_name(timestep): np.array([step], np.int64)})
+        rows.append(np.concatenate([np.asarray(results[value_name(v)], np.float32).ravel() for v in frontier]))
+    return np.stack(rows)
 
 
 def _in_float32(model: ir.Model) -> ir.Model:

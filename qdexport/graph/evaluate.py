@@ -13,9 +13,9 @@ from onnx.reference.op_run import OpRun
 from qdexport.graph.dialect import DOMAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["evaluate", "fake_quantize_codes", "subgraph"]
+__all__ = ["evaluate", "evaluator", "fake_quantize_codes", "subgraph"]
 
 
 def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int) -> np.ndarray:
@@ -54,10 +54,19 @@ class FakeQuantize(OpRun):
 
 def evaluate(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Runs a model in numpy and returns its outputs by name. Slow and exact; meant for small graphs."""
+    return evaluator(model)(feeds)
+
+
+def evaluator(model: ir.Model | onnx.ModelProto) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Prepares a model once, for many runs like :func:`evaluate`."""
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     runner = ReferenceEvaluator(proto, new_ops=[FakeQuantize])
     names = list(runner.output_names)
-    return dict(zip(names, cast("list[Any]", runner.run(None, dict(feeds))), strict=True))
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(names, cast("list[Any]", runner.run(None, dict(feeds))), strict=True))
+
+    return run
 
 
 def subgraph(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
