@@ -96,7 +96,9 @@ def test_a_weight_scale_off_by_one_percent_is_caught(static: Compiled, changed: 
     dequantize = probe.node.inputs[1].producer()
     name = dequantize.inputs[1].name
 
-    layers = measured(static, changed(lambda proto: set_constant(proto, name, constant(proto, name) * np.float32(1.01))))
+    layers = measured(
+        static, changed(lambda proto: set_constant(proto, name, constant(proto, name) * np.float32(1.01)))
+    )
     # the whole output is 1 % off, which is 40 dB
     assert layers[VICTIM].sqnr_db == pytest.approx(40, abs=1)
     assert [item.name for item in layers.values() if item.sqnr_db < 100] == [VICTIM]
@@ -104,7 +106,9 @@ def test_a_weight_scale_off_by_one_percent_is_caught(static: Compiled, changed: 
 
 def test_an_activation_scale_off_by_one_percent_is_caught(static: Compiled, changed: Change) -> None:
     name = probe_of(static, CONV).codes.producer().inputs[1].name
-    layers = measured(static, changed(lambda proto: set_constant(proto, name, constant(proto, name) * np.float32(1.01))))
+    layers = measured(
+        static, changed(lambda proto: set_constant(proto, name, constant(proto, name) * np.float32(1.01)))
+    )
     assert layers[CONV].code_flip_rate > 1e-2  # a code beyond 50 moves by half a step or more
     assert [item.name for item in layers.values() if item.code_flip_rate > 0] == [CONV]
 

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from qdexport.check.calls import fake_quant_denoiser
+from qdexport.check.measure import sqnr_db
+from qdexport.check.onnx_denoiser import OnnxDenoiser
+from qdexport.errors import ParityError
+from qdexport.models.sampling import SampleRequest, sample
+from tests.check.conftest import Compiled
+
+
+def call_of(compiled: Compiled, rows: int) -> dict[str, torch.Tensor]:
+    index = torch.arange(rows) % 2
+    inputs = compiled.calls[0].inputs
+    return {name: inputs[name][index].float() for name in ("sample", "encoder_hidden_states")}
+
+
+def test_any_number_of_rows_and_both_ways_of_returning(static: Compiled) -> None:
+    denoiser = OnnxDenoiser(static.path, static.io, static.model.loaded.denoiser)
+    inputs, timestep = call_of(static, 5), static.calls[0].inputs["timestep"]
+    arguments = (inputs["sample"], timestep)
+    text = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    (as_tuple,) = denoiser(*arguments, **text, return_dict=False)
+    as_object = denoiser(*arguments, **text).sample
+    assert as_tuple.shape == inputs["sample"].shape
+    assert torch.equal(as_tuple, as_object)
+    # rows repeat after two, whatever call they were put into
+    assert torch.equal(as_tuple[:2], as_tuple[2:4])
+    assert torch.equal(as_tuple[0], as_tuple[4])
+
+
+def test_it_looks_like_the_unet_it_stands_for(static: Compiled) -> None:
+    unet = static.model.loaded.denoiser
+    denoiser = OnnxDenoiser(static.path, static.io, unet)
+    assert denoiser.config is unet.config
+    assert denoiser.dtype == torch.float32
+    assert denoiser.device == torch.device("cpu")
+    assert list(denoiser.parameters()) == []
+
+
+def test_a_pipeline_of_another_dtype_samples_with_it(stepped: Compiled) -> None:
+    model = stepped.model
+    request = SampleRequest(prompts=("a", "b"), steps=3, guidance_scale=3.0, batch_size=2)
+    images = {
+        name: sample(model.loaded, request, denoiser=denoiser)
+        for name, denoiser in {
+            "quantized": fake_quant_denoiser(model),
+            "onnx": OnnxDenoiser(stepped.path, stepped.io, model.loaded.denoiser),
+        }.items()
+    }
+    assert images["onnx"].shape == (2, 3, 16, 16)
+    # FP16 rounding flips a few codes; images of two different quantizations would be 20 dB apart
+    assert sqnr_db(images["quantized"], images["onnx"]) > 20
+
+
+def test_a_file_that_does_not_fit_is_named(static: Compiled, tmp_path: Path) -> None:
+    proto = onnx.load(static.path)
+    proto.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 16
+    path = tmp_path / "other.onnx"
+    onnx.save(proto, path)
+    inputs = call_of(static, 2)
+    with pytest.raises(ParityError, match=r"other\.onnx"):
+        OnnxDenoiser(path, static.io, static.model.loaded.denoiser)(
+            inputs["sample"],
+            static.calls[0].inputs["timestep"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
+        )

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from qdexport.check.session import reference_session
+from qdexport.errors import MissingDependencyError, ParityError
+
+
+def model_with(weight: np.ndarray) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[1, 2] x) => (float[1, 2] y) { y = Mul(x, w) }'
+    )
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    return model
+
+
+def test_optimizations_stay_basic() -> None:
+    import onnxruntime as ort
+
+    options = reference_session(model_with(np.float32([2, 3])).SerializeToString()).get_session_options()
+    assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    # else 4-bit weights meet activations rounded to INT8
+    assert options.get_session_config_entry("session.qdq_matmulnbits_accuracy_level") == "1"
+
+
+def test_external_data_of_a_serialized_model_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        model_with(np.float32([2, 3])), path, save_as_external_data=True, location="data", size_threshold=0
+    )
+    session = reference_session(path.read_bytes(), tmp_path)
+    np.testing.assert_array_equal(session.run(None, {"x": np.float32([[1, 10]])})[0], [[2, 30]])
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"no model")
+    with pytest.raises(ParityError, match=r"cannot load .*model\.onnx"):
+        reference_session(path)
+
+
+def test_a_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'qdexport\[cpu\]'"):
+        reference_session(b"")
