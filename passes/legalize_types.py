@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import DOMAIN
-from qdexport.graph.edit import remove_unused, replace_value
+from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.query import dtype_of, input_of, module_of, value_name
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ class LegalizeTypes:
                 report.touched.append(module_of(node))
         if report.touched:
             remove_unused(model)
+        for node in list(model.graph):
+            if node.op_type == "Concat" and _promote(node):
+                report.touched.append(module_of(node))
         for node in model.graph:
             _check(node)
 
@@ -65,6 +68,19 @@ def _drop_cast(node: ir.Node) -> bool:
         replace_value(node.outputs[0], origin)
         return True
     return False
+
+
+def _promote(node: ir.Node) -> bool:
+    """PyTorch concatenates FP16 and FP32 to FP32 (SDXL: text beside time ids); ONNX wants that said."""
+    types = [value.dtype for value in node.inputs if value is not None]
+    if set(types) != {ir.DataType.FLOAT16, ir.DataType.FLOAT}:
+        return False
+    writer = NodeWriter(node)
+    for index, value in enumerate(node.inputs):
+        if value is not None:
+            node.replace_input_with(index, writer.cast(value, ir.DataType.FLOAT))
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    return True
 
 
 def _check(node: ir.Node) -> None:

@@ -7,6 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from qdexport.errors import GraphPassError
+from qdexport.graph.edit import name_everything
+from qdexport.graph.evaluate import evaluate
 from qdexport.graph.runner import PassReport
 from qdexport.passes.legalize_types import LegalizeTypes
 
@@ -123,3 +125,18 @@ def test_pairs_may_mix_types(graphs, noise):
     model = graphs.model_of("float[4] x", "float[4] y", body, constants)
     ran = graphs.run(model, LegalizeTypes(), {"x": noise.normal(size=4).astype(np.float32)})
     assert not ran.report.changed
+
+
+def test_a_concatenation_of_two_floating_types_is_widened_as_in_pytorch(graphs, noise):
+    """SDXL with an FP16 body: the pooled text beside FP32 time ids."""
+    model = graphs.model_of(
+        "float16[2,3] a, float[2,3] b", "float[2,6] y",
+        '["text/Cast"] wide = Cast<to: int = 1>(a)\n["/Concat"] y = Concat<axis: int = 1>(wide, b)', {},
+    )  # fmt: skip
+    concat = next(node for node in model.graph if node.op_type == "Concat")
+    concat.replace_input_with(0, model.graph.inputs[0])  # what the exporter leaves behind
+    LegalizeTypes().apply(model, graphs.context_of(), PassReport("legalize-types"))
+    name_everything(model)
+    assert [str(value.dtype) for value in concat.inputs] == ["FLOAT", "FLOAT"]
+    a, b = noise.standard_normal((2, 3)).astype(np.float16), noise.standard_normal((2, 3)).astype(np.float32)
+    np.testing.assert_array_equal(evaluate(model, {"a": a, "b": b})["y"], np.concatenate([a.astype(np.float32), b], 1))
