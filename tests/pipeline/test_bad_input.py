@@ -94,7 +94,7 @@ def test_a_full_output_folder(qdexport, tiny_folder, tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qdexport.quant.checkpoint.save_file", full)
+    monkeypatch.setattr("qdexport.quant.checkpoint.write_safetensors", full)
     out = tmp_path / "out"
     refused(qdexport("quantize", tiny_folder, "--out", out, *SMALL), 10, "No space left on device", "free some space")
     assert not (out / "checkpoint").exists()
