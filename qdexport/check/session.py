@@ -36,6 +36,8 @@ def reference_session(model: Path | bytes, data_folder: Path | None = None) -> A
     options.log_severity_level = 3
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # waiting threads sleep: spinning ones fight with PyTorch's for the cores
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if data_folder is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(data_folder)
