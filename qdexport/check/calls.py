@@ -9,9 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from qdexport.check.exact import exact_call
 from qdexport.core.io_spec import IoSpec
 from qdexport.errors import ParityError
-from qdexport.models.denoiser import call_denoiser, example_inputs
+from qdexport.models.denoiser import example_inputs
 from qdexport.models.sampling import (
     DenoiserCall,
     NamedDenoiser,
@@ -79,14 +80,10 @@ def check_calls(
 
 
 def fake_quant_denoiser(model: QuantizedModel) -> NamedDenoiser:
-    """The fake-quant denoiser for a pipeline of another dtype: inputs and prediction are converted."""
+    """The fake-quant denoiser, computed in FP32, for a pipeline of any dtype."""
 
     def predict(inputs: dict[str, Tensor]) -> Tensor:
-        body = next(model.denoiser.parameters()).dtype
-        converted = {
-            name: tensor.to(body) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()
-        }
-        return call_denoiser(model.denoiser, converted).to(inputs["sample"].dtype)
+        return exact_call(model.denoiser, inputs).to(inputs["sample"].dtype)
 
     return NamedDenoiser(predict, model.denoiser)
 

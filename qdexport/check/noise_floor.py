@@ -87,7 +87,7 @@ def noise_floor(
         exact: what :func:`exact_predictions` gives for the calls, if it is known already.
     """
     if exact is None:
-        exact = exact_predictions(model.denoiser, io, calls)
+        exact = exact_predictions(model.denoiser, [fit_inputs(call.inputs, io) for call in calls])
     values = []
     for index, (call, reference) in enumerate(zip(calls, exact, strict=True)):
         inputs = fit_inputs(call.inputs, io)

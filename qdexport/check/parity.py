@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qdexport.check.calls import fit_inputs
-from qdexport.check.exact import exact_predictions
+from qdexport.check.exact import exact_call, exact_predictions
 from qdexport.check.measure import WORST_DB, flip_rate
 from qdexport.check.runs import Feed, compare_with_onnx
 from qdexport.core.carrier import carrier_offset
@@ -32,7 +32,6 @@ from qdexport.core.spec import LayerPlan
 from qdexport.emit.inspect import load_onnx
 from qdexport.errors import ParityError
 from qdexport.graph.probe import build_probe, find_probes, weight_codes
-from qdexport.models.denoiser import call_denoiser
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.affine import quantize_codes
 from qdexport.quant.attach import QuantizedModel
@@ -56,6 +55,7 @@ def layer_parity(
 ) -> list[LayerParity]:
     """Compares every quantized layer on the inputs that it has in the given denoiser calls.
 
+    PyTorch computes in FP32 whatever the type of the body; the inputs of an FP16 body's layers are rounded to FP16.
     Layers are cut out of the ONNX file and run in chunks as PyTorch reaches them, so that the memory beyond
     the two models stays below some hundred megabytes.
 
@@ -78,8 +78,8 @@ def layer_parity(
     for done, call in enumerate(calls):
         inputs = fit_inputs(call.inputs, io)
         comparison.start({name: tensor.numpy() for name, tensor in inputs.items()})
-        with torch.no_grad(), _tapped(model.denoiser, plans, comparison):
-            call_denoiser(model.denoiser, inputs)
+        with _tapped(model, plans, comparison):
+            exact_call(model.denoiser, inputs)
         comparison.finish()
         if on_progress is not None:
             on_progress(done + 1, len(calls))
@@ -105,9 +105,10 @@ def end_to_end(
     Raises:
         ParityError: the file cannot be run on these calls.
     """
-    feeds = [{name: tensor.numpy() for name, tensor in fit_inputs(call.inputs, io).items()} for call in calls]
+    inputs = [fit_inputs(call.inputs, io) for call in calls]
+    feeds = [{name: tensor.numpy() for name, tensor in named.items()} for named in inputs]
     output = io.outputs[0].name
-    answers = iter(exact_predictions(model.denoiser, io, calls) if exact is None else exact)
+    answers = iter(exact_predictions(model.denoiser, inputs) if exact is None else exact)
     matches = compare_with_onnx(onnx_path, lambda _: {output: next(answers)}, feeds)
     return statistics.median(match[output].sqnr_db for match in matches)
 
@@ -230,15 +231,17 @@ class _Comparison:
 
 
 @contextlib.contextmanager
-def _tapped(denoiser: nn.Module, plans: Sequence[LayerPlan], comparison: _Comparison) -> Iterator[None]:
+def _tapped(model: QuantizedModel, plans: Sequence[LayerPlan], comparison: _Comparison) -> Iterator[None]:
     """Hands the tensors of every planned layer to the comparison while the denoiser runs."""
     hooks = []
     for plan in plans:
-        layer: Any = denoiser.get_submodule(plan.name)
+        layer: Any = model.denoiser.get_submodule(plan.name)
         split = isinstance(layer, QuantSplitConv2d)
         quantizers = layer.weight_quantizers if split else [layer.weight_quantizer]
         for part, quantizer in zip(plan.parts, quantizers, strict=True):
             hooks.append(quantizer.register_forward_pre_hook(partial(_take_weight, comparison, part)))
+        if model.body == "fp16":
+            hooks.append(layer.register_forward_pre_hook(_round_input))
         take = _take_parts if split else _take_layer
         hooks.append(layer.register_forward_hook(partial(take, comparison, plan.name)))
     try:
@@ -246,6 +249,14 @@ def _tapped(denoiser: nn.Module, plans: Sequence[LayerPlan], comparison: _Compar
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _round_input(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The network computes in FP32 here; what a layer reads must be what its ONNX twin can be fed."""
+    del layer
+    # by numpy: in_float32 lets torch make no FP16 tensor
+    rounded = args[0].numpy(force=True).astype(np.float16).astype(np.float32)
+    return (torch.from_numpy(rounded), *args[1:])
 
 
 def _take_weight(comparison: _Comparison, name: str, quantizer: Any, args: tuple[Tensor, ...]) -> None:

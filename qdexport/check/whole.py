@@ -49,6 +49,6 @@ def whole_network(
     calls = check_calls(
         model, io, validation.floor_steps, validation.seed, phase(0), batches=validation.floor_seeds
     )
-    exact = exact_predictions(model.denoiser, io, calls, phase(1))
+    exact = exact_predictions(model.denoiser, [call.inputs for call in calls], phase(1))
     floor = noise_floor(model, io, calls, seeds=1, on_progress=phase(2), exact=exact)
     return EndToEnd(sqnr_db=end_to_end(model, onnx_path, io, calls, exact), noise_floor_db=floor)

@@ -12,7 +12,7 @@ from tests.check.conftest import Compiled
 
 
 def test_single_precision_is_the_model_itself(static: Compiled) -> None:
-    (found,) = exact_predictions(static.model.denoiser, static.io, static.calls[:1])
+    (found,) = exact_predictions(static.model.denoiser, [static.calls[0].inputs])
     with torch.no_grad():
         plain = call_denoiser(static.model.denoiser, static.calls[0].inputs).numpy()
     np.testing.assert_array_equal(found, plain, strict=True)
@@ -21,7 +21,7 @@ def test_single_precision_is_the_model_itself(static: Compiled) -> None:
 def test_half_precision_is_computed_in_single(stepped: Compiled) -> None:
     # the same network with its weights widened once and for all
     wide = shared_copy(stepped.model.denoiser, torch.float32)
-    found = exact_predictions(stepped.model.denoiser, stepped.io, stepped.calls)
+    found = exact_predictions(stepped.model.denoiser, [call.inputs for call in stepped.calls])
     for call, array in zip(stepped.calls, found, strict=True):
         inputs = {
             name: tensor.float() if tensor.is_floating_point() else tensor
@@ -38,7 +38,7 @@ def test_weights_and_hooks_are_as_before(stepped: Compiled) -> None:
     denoiser = stepped.model.denoiser
     before = [(parameter, parameter.data_ptr()) for parameter in denoiser.parameters()]
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
-    exact_predictions(denoiser, stepped.io, stepped.calls[:1])
+    exact_predictions(denoiser, [stepped.calls[0].inputs])
     assert all(parameter.data_ptr() == pointer for parameter, pointer in before)
     assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float16}
     after = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in denoiser.modules())
@@ -47,5 +47,7 @@ def test_weights_and_hooks_are_as_before(stepped: Compiled) -> None:
 
 def test_progress_counts_runs(static: Compiled) -> None:
     seen: list[tuple[int, int]] = []
-    exact_predictions(static.model.denoiser, static.io, static.calls[:2], lambda *state: seen.append(state))
+    exact_predictions(
+        static.model.denoiser, [call.inputs for call in static.calls[:2]], lambda *state: seen.append(state)
+    )
     assert seen == [(1, 2), (2, 2)]

@@ -166,5 +166,5 @@ def test_weights_are_left_as_they_were(stepped: Compiled) -> None:
 def test_sqnr_of_the_reference_itself_is_infinite(static: Compiled) -> None:
     from qdexport.check.exact import exact_predictions
 
-    exact = exact_predictions(static.model.denoiser, static.io, static.calls[:1])
+    exact = exact_predictions(static.model.denoiser, [static.calls[0].inputs])
     assert sqnr_db(exact[0], exact[0]) == np.inf
