@@ -19,11 +19,9 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
 from qdexport.capture.naming import name_nodes
-from qdexport.capture.quantizers import put_back, take_off
 from qdexport.errors import CaptureError
-from qdexport.graph.dialect import DOMAIN, STEP_ROWS, VERSION, register_schema
+from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
 from qdexport.models.denoiser_io import call_denoiser, example_inputs
-from qdexport.quant.modules import StepRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,31 +38,15 @@ _ROUNDS = 2  # a rewritten node makes others constant
 # The exporter's own optimizer also joins two Slices to a Split, for which it compares every node with all others: that
 # alone takes as long as the rest of the export. Denoisers have no such pairs.
 _RULES = (
-    rules.mul_by_1_rule,
-    *rules.mul_by_1_rule.commute(),
-    rules.add_0_rule,
-    *rules.add_0_rule.commute(),
-    rules.sub_0_rule,
-    rules.div_by_1_rule,
-    rules.dropout_zero_rule,
-    rules.dropout_inference_rule,
-    rules.one_reshape_matmul_reshape_rule,
-    rules.two_reshapes_matmul_reshape_rule,
-    rules.cast_constant_of_shape_rule,
-    rules.cast_constant_of_shape_without_value_rule,
-    rules.collapse_slice_rule,
-    rules.collapse_slice2_rule,
-    rules.materialize_reshape_shape_rule,
-    rules.cast_cast_rule,
-    rules.no_op_cast_rule,
-    rules.no_op_expand_rule,
-    rules.no_op_transpose_rule,
-    rules.flatten_to_reshape_rule,
-    rules.reshape_reshape_rule,
-    rules.squeeze_reshape_1d_rule,
-    rules.transpose_transpose_rule,
-    rules.unsqueeze_unsqueeze_rule,
-    rules.remove_optional_bias_from_conv_rule,
+    rules.mul_by_1_rule, *rules.mul_by_1_rule.commute(), rules.add_0_rule, *rules.add_0_rule.commute(),
+    rules.sub_0_rule, rules.div_by_1_rule, rules.dropout_zero_rule, rules.dropout_inference_rule,
+    rules.one_reshape_matmul_reshape_rule, rules.two_reshapes_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule, rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.materialize_reshape_shape_rule,
+    rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.no_op_transpose_rule,
+    rules.flatten_to_reshape_rule, rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule,
+    rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule,
+    rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule, rules.remove_optional_bias_from_conv_rule,
 )
 
 
@@ -77,20 +59,14 @@ class Captured:
 
 
 class _NamedInputs(nn.Module):
-    """Gives a denoiser of any signature the named inputs of an IoSpec, and its step table's row as a second output."""
+    """Gives a denoiser of any signature the named inputs of an IoSpec."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
         self.denoiser = denoiser
 
-    @property
-    def step_rows(self) -> StepRows | None:
-        rows = dict(self.denoiser.named_children()).get(STEP_ROWS)
-        return rows if isinstance(rows, StepRows) else None
-
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-        prediction = call_denoiser(self.denoiser, inputs)
-        return (prediction,) if self.step_rows is None else (prediction, self.step_rows.context.row)
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        return call_denoiser(self.denoiser, inputs)
 
 
 def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
@@ -107,28 +83,14 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
         CaptureError: torch.export or the ONNX exporter cannot express the module.
     """
     register_schema()
-    plain, layers = take_off(denoiser)
-    model, row = _trace(plain, io)
-    missing = put_back(model, layers, row)
-    if missing:
-        logger.info("%d layers have no operator of their own (%s): tracing their quantizers", len(missing), missing[0])
-        model, _ = _trace(denoiser, io)
-    logger.info("captured %d nodes", len(model.graph))
-    return Captured(model=model, io=io)
-
-
-def _trace(denoiser: nn.Module, io: IoSpec) -> tuple[ir.Model, ir.Value | None]:
-    """The simplified graph of a module, and the value that is the row of its step tables."""
-    wrapped = _NamedInputs(denoiser)
-    outputs = [spec.name for spec in io.outputs] + ([] if wrapped.step_rows is None else [STEP_ROWS])
+    inputs = example_inputs(io, seed=0)
     with _quiet(), torch.no_grad():
         try:
-            exported = torch.export.export(wrapped, (example_inputs(io, seed=0),), dynamic_shapes=_dynamic_shapes(io))
+            exported = torch.export.export(
+                _NamedInputs(denoiser), (inputs,), dynamic_shapes=_dynamic_shapes(io)
+            )
         except Exception as error:
             raise CaptureError(f"torch.export cannot trace {type(denoiser).__name__}: {_first_line(error)}") from error
-        finally:
-            if wrapped.step_rows is not None:
-                wrapped.step_rows.context.row = None  # the tracer's, of no use to anyone
         try:
             program = torch.onnx.export(
                 exported,
@@ -138,7 +100,7 @@ def _trace(denoiser: nn.Module, io: IoSpec) -> tuple[ir.Model, ir.Value | None]:
                 opset_version=OPSET,
                 custom_translation_table={torch.ops.qdexport.fake_quantize.default: _translate},
                 input_names=[spec.name for spec in io.inputs],
-                output_names=outputs,
+                output_names=[spec.name for spec in io.outputs],
             )
         except torch.onnx.OnnxExporterError as error:
             raise CaptureError(f"the ONNX exporter cannot translate the model: {_first_line(error)}") from error
@@ -148,14 +110,15 @@ def _trace(denoiser: nn.Module, io: IoSpec) -> tuple[ir.Model, ir.Value | None]:
     _simplify(model)
     lengths = {name: len(item) for name, item in denoiser.named_modules() if isinstance(item, nn.ModuleList)}
     name_nodes(model, _PREFIX, lengths)
-    return model, None if wrapped.step_rows is None else model.graph.outputs.pop()
+    logger.info("captured %d nodes", len(model.graph))
+    return Captured(model=model, io=io)
 
 
 def _simplify(model: ir.Model) -> None:
     """Folds constants, drops what does nothing, merges neighbours and equal expressions."""
     common_passes.InlinePass()(model)
     for _ in range(_ROUNDS):
-        fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold)
+        fold_constants_ir(model, onnx_shape_inference=True)
         rewrite(model, _RULES)
     for graph_pass in (
         common_passes.RemoveUnusedNodesPass(),
@@ -167,11 +130,6 @@ def _simplify(model: ir.Model) -> None:
         common_passes.NameFixPass(),
     ):
         graph_pass(model)
-
-
-def _should_fold(node: ir.Node) -> bool | None:
-    """Matrices stay as PyTorch has them: transposed copies would double the memory, and builders fold them anyway."""
-    return False if node.op_type == "Transpose" else None
 
 
 def _translate(  # noqa: PLR0913  the signature of the operator
