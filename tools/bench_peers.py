@@ -1,147 +1,166 @@
-#!/usr/bin/env python3
-"""Side by side with NVIDIA ModelOpt: the same 50 M UNet, quantized to INT8, exported and built, in one run.
+"""Side by side with NVIDIA ModelOpt: one UNet, quantized to INT8, exported and built by both in one run.
 
-ModelOpt runs in an environment of its own (.venv-peers, made on the first run, about 2 GB).
+ModelOpt lives in an environment of its own, .venv-peers, made on the first run (1.6 GB).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import onnx
-from benchmarks.children import run_module
-from rich.console import Console
-from rich.table import Table
+from benchmarks.children import ChildError, run_module
+from benchmarks.costs import machine
+from benchmarks.peers import ROUTES, finished, rows_of
 
-from qdexport.build.engine import BuildOptions, build_engine
-from qdexport.check.session import reference_session
-from qdexport.cli.progress import Progress
-from qdexport.core.io_spec import IoSpec
-from qdexport.core.recipe import load_recipe
-from qdexport.core.target import target_named
-from qdexport.errors import BuildError, ParityError
+from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
 
-ROOT = Path(__file__).resolve().parents[1]
-PEERS = ROOT / ".venv-peers"
-PACKAGES = ("torch==2.13.0", "nvidia-modelopt[onnx]==0.47.0", "diffusers==0.42.1", "transformers", "accelerate")
-ROUTES = (
-    ("ModelOpt, example route, FP32", {"route": "example", "dtype": "fp32", "weights_dtype": "fp32"}),
-    ("ModelOpt, example route, FP16", {"route": "example", "dtype": "fp16", "weights_dtype": "fp16"}),
-    ("ModelOpt, deploy route, FP16 weights", {"route": "deploy", "dtype": "fp32", "weights_dtype": "fp16"}),
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from qdexport.core.progress import ProgressSink
+
+_ROOT = Path(__file__).resolve().parents[1]
+_VENV = _ROOT / ".venv-peers"
+# the same torch and diffusers as qdexport's, so that both start from the same weights
+_SHARED = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy")
+# ModelOpt's extra [onnx] without its GPU packages (onnxruntime-gpu, cupy), which exporting on a CPU does not need
+_PACKAGES = (
+    "nvidia-modelopt==0.47.0",
+    "onnx~=1.21.0",
+    "onnx-graphsurgeon>=0.6.1",
+    "onnxconverter-common~=1.16.0",
+    "onnxslim>=0.1.76",
+    "onnxscript",
+    "onnxruntime~=1.24.2",
+    "polygraphy>=0.53.4",
+    "cppimport",
+    "lief",
+    "ml_dtypes",
 )
+_EXAMPLES = """\b
+Examples:
+  python tools/bench_peers.py
+  python tools/bench_peers.py --out out/peers --markdown > table.md
+  python tools/bench_peers.py --threads 2 --json
+"""
 
 
-@click.command(epilog="\b\nExample:\n  python tools/bench_peers.py --out out/peers --json")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs here.")
+@click.command(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--capability", default="8.9", show_default=True, help="Compute capability of the engines.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON list on stdout.")
-def main(out: Path | None, capability: str, as_json: bool) -> None:
-    """Compare export time, memory, file size, nodes, ONNX Runtime, TensorRT-RTX, kernels and INT8 layers."""
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of PyTorch.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; nothing else.")
+def cli(capability: str, threads: int, out: Path | None, markdown: bool, as_json: bool) -> None:
+    """Compare qdexport with ModelOpt 0.47: time, memory, file size, nodes, ONNX Runtime, TensorRT-RTX, kernels
+    and INT8 layers.
+
+    Both quantize the same 50.3 million parameter UNet (FP32, seed 0) after the same three calibration calls.
+    Each column is a process of its own.
+    """
+    from qdexport.cli.progress import Progress
+
     progress = Progress(quiet=as_json)
-    with tempfile.TemporaryDirectory(prefix="qdexport-peers-") as scratch:
-        folder = out or Path(scratch)
-        rows = [_ours(folder / "qdexport", progress)]
-        python = _peers_python(progress)
-        for name, spec in ROUTES:
-            where = folder / name.replace(", ", "-").replace(" ", "-")
-            with progress.stage(name):
-                answered = run_module(
-                    "benchmarks.modelopt_child", {**spec, "threads": os.cpu_count(), "folder": str(where / "onnx")},
-                    where, python,
-                )
-            rows.append(_row(name, answered, where, None))
-        for row in rows:
-            with progress.stage(f"{row['name']}: load and build"):
-                _load_and_build(row, capability)
-    _print(rows, as_json)
+    columns = []
+    with _work_folder(out) as folder:
+        python = _modelopt_python(progress)
+        state = machine()
+        for route in ROUTES:
+            where = folder / route.name.replace(" ", "-")
+            with progress.stage(f"{route.name}: quantize and export"):
+                spec = {**route.spec, "threads": threads, "folder": str(where / "onnx")}
+                answered = run_module(route.module, spec, where, python if route.foreign else None)
+            with progress.stage(f"{route.name}: load and build"):
+                columns.append(finished(route, answered, where, capability))
+    if as_json:
+        click.echo(json.dumps({"machine": state, "threads": threads, "columns": columns}, indent=2))
+    elif markdown:
+        click.echo(_markdown(columns))
+    else:
+        _show(columns, state)
 
 
-def _ours(folder: Path, progress: Progress) -> dict[str, Any]:
-    recipe = load_recipe("w8a8")
-    spec = {
-        "model": "medium", "recipe": json.loads(recipe.model_dump_json()), "target": "tensorrt-rtx", "quantized": True,
-        "steps": 25, "seed": 0, "folder": str(folder / "onnx"),
-    }
-    with progress.stage("qdexport, w8a8, FP16 body"):
-        answered = run_module("benchmarks.export_child", spec, folder)
-    return _row("qdexport, w8a8, FP16 body", answered, folder, IoSpec.model_validate(answered["io"]))
-
-
-def _row(name: str, answered: dict[str, Any], folder: Path, io: IoSpec | None) -> dict[str, Any]:
-    costs, path = answered["costs"], folder / "onnx" / "model.onnx"
-    peak = max(costs["quantize"]["peak_rss_mb"], costs["export"]["peak_rss_mb"])
-    extra = peak - costs["import"]["peak_rss_mb"] - answered["weight_bytes"] / 2**20
-    quantized = answered["layers_quantized"]
-    excluded = answered.get("layers_excluded", answered.get("layers_folded", 0))
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return {
-        "name": name,
-        "quantize_s": costs["quantize"]["seconds"],
-        "export_s": costs["export"]["seconds"],
-        "export_cpu_s": costs["export"]["cpu_seconds"],
-        "extra_ram_over_weights": round(extra / (answered["weight_bytes"] / 2**20), 2),
-        "weights_mb": round(answered["weight_bytes"] / 1e6, 1),
-        "file_mb": round(sum(item.stat().st_size for item in path.parent.iterdir()) / 1e6, 1),
-        "nodes": len(graph.node),
-        "int8_layers": quantized if isinstance(quantized, int) else len(quantized),
-        "other_layers": excluded if isinstance(excluded, int) else len(excluded),
-        "path": str(path),
-        "io": io,
-    }
-
-
-def _load_and_build(row: dict[str, Any], capability: str) -> None:
-    """Does ONNX Runtime load the file, and does TensorRT-RTX build it?"""
-    path, io = Path(row.pop("path")), row.pop("io")
-    try:
-        reference_session(path)
-        row["ort"] = "yes"
-    except ParityError as error:
-        row["ort"] = f"no: {error}"
-    options = BuildOptions(
-        target=target_named("tensorrt-rtx"), io=io or IoSpec(inputs=(), outputs=()), compute_capabilities=(capability,)
-    )
-    try:
-        engine, _ = build_engine(path, path.parent.parent / "engine", options)
-    except BuildError as error:
-        row |= {"rtx": f"no: {str(error).splitlines()[0]}", "kernels": None, "int8_compute": None, "fp_compute": None}
+@contextlib.contextmanager
+def _work_folder(out: Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield out
         return
-    row |= {
-        "rtx": "yes", "kernels": engine.kernels, "int8_compute": engine.int8_compute, "fp_compute": engine.fp_compute,
-        "engine_mb": round(engine.bytes / 1e6, 1),
-    }
+    with tempfile.TemporaryDirectory(prefix="qdexport-peers-") as folder:
+        yield Path(folder)
 
 
-def _peers_python(progress: Progress) -> Path:
-    """The interpreter of ModelOpt's environment, made when absent or half made."""
-    python, stamp = PEERS / "bin" / "python", PEERS / "qdexport-ready"
-    if not stamp.is_file():
-        with progress.stage("installing ModelOpt into .venv-peers (some minutes)"):
-            venv.create(PEERS, with_pip=True, clear=not python.exists())
-            subprocess.run([str(python), "-m", "pip", "install", "-q", *PACKAGES], check=True, stdout=sys.stderr)
-            stamp.write_text(" ".join(PACKAGES))
+def _modelopt_python(progress: ProgressSink) -> Path:
+    """The interpreter of ModelOpt's environment, which is made when absent, outdated or half made."""
+    python, stamp = _VENV / "bin" / "python", _VENV / "qdexport-ready"
+    wanted = "\n".join([*_shared_versions(), *_PACKAGES])
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    with progress.stage("install ModelOpt into .venv-peers (some minutes)"):
+        shutil.rmtree(_VENV, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(_VENV)])
+        _run([str(python), "-m", "pip", "install", "-q", "--no-input", *wanted.split("\n")])
+    stamp.write_text(wanted, encoding="utf-8")
     return python
 
 
-def _print(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("")
-    for row in rows:
-        table.add_column(row["name"], overflow="fold")
-    for key in dict.fromkeys(key for row in rows for key in row if key != "name"):
-        table.add_row(key.replace("_", " "), *(str(row.get(key, "-"))[:120] for row in rows))
-    Console(highlight=False).print(table)
+def _shared_versions() -> list[str]:
+    pins = (_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [pin for pin in pins if pin.partition("==")[0] in _SHARED]
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise ChildError(f"{' '.join(command[:4])} ... failed:\n{result.stderr.strip()[-2000:]}")
+
+
+def _markdown(columns: Sequence[dict[str, Any]]) -> str:
+    rows = rows_of(columns)
+    lines = ["| | " + " | ".join(column["name"] for column in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    lines += ["| " + " | ".join([label, *cells]) + " |" for label, cells in rows]
+    return "\n".join(lines)
+
+
+def _show(columns: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="50.3 M UNet, INT8")
+    table.add_column()
+    for column in columns:
+        table.add_column(column["name"], justify="right", overflow="fold")
+    for label, cells in rows_of(columns):
+        table.add_row(label, *cells)
+    console = Console()
+    console.print(table)
+    facts = f"{state['processor']}, {state['cores']} cores; load at the start: {state['load_1_min']:.1f}"
+    console.print(facts, highlight=False)
+    for column in columns:
+        if column["rtx"] is not None or column["ort"] is not None:
+            console.print(f"{column['name']}: {column['ort'] or column['rtx']}", highlight=False, markup=False)
+
+
+def main() -> None:
+    """Runs the command line; errors meant for the user end with their exit code and one line."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    except QdExportError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

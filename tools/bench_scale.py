@@ -42,9 +42,7 @@ _TOO_LARGE = ("sdxl",)
     help="Size of UNet; repeatable.",
 )
 @click.option("--recipe", default="w8a8", show_default=True, help="A preset or a .yaml file.")
-@click.option(
-    "--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe."
-)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe.")
 @click.option(
     "--capability",
     "capabilities",
@@ -61,9 +59,7 @@ _TOO_LARGE = ("sdxl",)
     default=None,
     help="Also build the same UNet in FP16 and count its kernels.  [default: yes, but not for sdxl]",
 )
-@click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs here."
-)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; nothing else.")
 def cli(  # noqa: PLR0913  one argument per option
     models: tuple[str, ...],
@@ -129,9 +125,7 @@ def _show(results: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title=f"{results[0]['recipe']}, compute capability {', '.join(results[0]['compute_capabilities'])}"
-    )
+    table = Table(title=f"{results[0]['recipe']}, compute capability {', '.join(results[0]['compute_capabilities'])}")
     table.add_column()
     for result in results:
         table.add_column(result["model"], justify="right")

@@ -73,9 +73,7 @@ def base(threads: int, folder: Path, work: Path | None, seed: int, smoke: bool) 
 @click.option("--seed", default=0, show_default=True, help="Chooses captions and noise.")
 @click.option("--smoke", is_flag=True, help="A few steps of every stage, to see that the tool runs.")
 @click.pass_obj
-def distil(
-    threads: int, folder: Path, teacher: Path | None, work: Path | None, seed: int, smoke: bool
-) -> None:
+def distil(threads: int, folder: Path, teacher: Path | None, work: Path | None, seed: int, smoke: bool) -> None:
     """Distil a shapes model into one that needs four steps and no guidance, and write it to FOLDER.
 
     About an hour on two cores.

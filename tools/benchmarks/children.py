@@ -35,9 +35,7 @@ def run_module(module: str, spec: dict[str, Any], folder: Path, python: Path | N
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = module.rpartition(".")[2]
-    spec_path, answer_path, log_path = (
-        folder / f"{name}.{end}" for end in ("spec.json", "answer.json", "log")
-    )
+    spec_path, answer_path, log_path = (folder / f"{name}.{end}" for end in ("spec.json", "answer.json", "log"))
     answer_path.unlink(missing_ok=True)
     spec_path.write_text(json.dumps({**spec, "answer": str(answer_path)}), encoding="utf-8")
     roots = [str(_TOOLS), str(_TOOLS.parent), os.environ.get("PYTHONPATH", "")]

@@ -110,9 +110,7 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
     return result
 
 
-def _compile(
-    job: ScaleJob, *, quantized: bool, progress: ProgressSink
-) -> tuple[dict[str, Any], EngineFacts, float]:
+def _compile(job: ScaleJob, *, quantized: bool, progress: ProgressSink) -> tuple[dict[str, Any], EngineFacts, float]:
     """Exports in a child process and builds in another; the exporter's answer, the engine, and seconds."""
     name = job.recipe.name if quantized else "fp16"
     folder = job.folder / f"{job.model}-{name}"
@@ -126,9 +124,7 @@ def _compile(
         "folder": str(folder / "onnx"),
     }
     started = time.perf_counter()
-    with progress.stage(
-        f"{job.model} {name}: quantize and export" if quantized else f"{job.model} {name}: export"
-    ):
+    with progress.stage(f"{job.model} {name}: quantize and export" if quantized else f"{job.model} {name}: export"):
         exported = run_module("benchmarks.export_child", spec, folder)
     options = BuildOptions(
         target=job.target, io=IoSpec.model_validate(exported["io"]), compute_capabilities=job.capabilities

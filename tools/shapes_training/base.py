@@ -151,9 +151,7 @@ class DenoiserLoss:
         rows = torch.randint(len(self._latents), (size,), generator=source)
         time = self.timesteps(step, source)
         noise = torch.randn(size, *self._latents.shape[1:], generator=source)
-        signal_share, noise_share = (
-            level[time].reshape(-1, 1, 1, 1) for level in (self._signal, self._noise)
-        )
+        signal_share, noise_share = (level[time].reshape(-1, 1, 1, 1) for level in (self._signal, self._noise))
         dropped = torch.rand(size, 1, generator=source) < self._settings.caption_dropout
         ids = torch.where(dropped, self._empty, self._ids[rows])
         epsilon = module(signal_share * self._latents[rows] + noise_share * noise, time, ids)
@@ -196,9 +194,7 @@ def train_base(folder: Path, work: Path, settings: BaseSettings, progress: Progr
         raise ModelError("the autoencoder maps every picture to the same latents; train it longer")
     vae.register_to_config(scaling_factor=scale)
     tokenizer = build_tokenizer()
-    ids = tokenizer(
-        [*data.texts, ""], padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt"
-    ).input_ids
+    ids = tokenizer([*data.texts, ""], padding="max_length", max_length=PROMPT_TOKENS, return_tensors="pt").input_ids
     denoiser_loss = DenoiserLoss(latents * scale, ids[:-1], ids[-1], settings)
     denoiser = fit(denoiser, denoiser_loss, settings.denoiser, work / "denoiser.safetensors", progress)
 

@@ -80,9 +80,7 @@ class PathLoss:
         rows = [paths.step <= step if whole else paths.step == step for step in step_of]
         usable = [torch.nonzero(row)[:, 0] for row in rows]
         if not all(len(row) for row in usable):
-            raise ModelError(
-                "no path crosses some timesteps of the grid; collect paths for every sampling step"
-            )
+            raise ModelError("no path crosses some timesteps of the grid; collect paths for every sampling step")
         self._rows = torch.cat(usable)
         self._counts = torch.tensor([len(row) for row in usable])
         self._offsets = self._counts.cumsum(0) - self._counts
@@ -108,9 +106,7 @@ def _column_shares(settings: DistilSettings, timesteps: list[int]) -> Tensor:
     return shares
 
 
-def distil(
-    teacher_folder: Path, folder: Path, work: Path, settings: DistilSettings, progress: ProgressSink
-) -> None:
+def distil(teacher_folder: Path, folder: Path, work: Path, settings: DistilSettings, progress: ProgressSink) -> None:
     """Distils a shapes model and writes the student as a complete diffusers folder.
 
     Args:

@@ -121,9 +121,7 @@ class _LoopState(Generic[_Module]):
                 metadata = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
-            raise ModelError(
-                f"{self._path} is damaged ({error}); delete it to train this stage again"
-            ) from error
+            raise ModelError(f"{self._path} is damaged ({error}); delete it to train this stage again") from error
         if metadata.get("settings") != _settings_key(self._settings):
             raise ModelError(
                 f"{self._path} was written with other settings ({metadata.get('settings')}); "

@@ -84,7 +84,5 @@ def measure_model(folder: Path, sampling: Sampling, real: int, progress: Progres
     return {
         "alignment": evaluator.alignment(pictures, texts),
         "attributes": evaluator.attribute_accuracy(pictures, texts),
-        "frechet": frechet_distance(
-            features, real_features(real, sampling.seed + _REAL_SEED_OFFSET, evaluator)
-        ),
+        "frechet": frechet_distance(features, real_features(real, sampling.seed + _REAL_SEED_OFFSET, evaluator)),
     }

@@ -49,9 +49,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _grammar_words() -> list[str]:
-    relations = dict.fromkeys(
-        word for relation in ("left of", "right of", *RELATIONS) for word in relation.split()
-    )
+    relations = dict.fromkeys(word for relation in ("left of", "right of", *RELATIONS) for word in relation.split())
     # "of" comes after both sides: the order fixes the token numbers of the shipped model
     sides = [word for word in relations if word != "of"]
     sides.insert(2, "of")

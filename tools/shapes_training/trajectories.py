@@ -56,9 +56,7 @@ class Teacher:
         grid: Timesteps of the solver, falling.
     """
 
-    def __init__(
-        self, unet: nn.Module, table: CaptionTable, alphas_cumprod: Tensor, grid: tuple[int, ...]
-    ) -> None:
+    def __init__(self, unet: nn.Module, table: CaptionTable, alphas_cumprod: Tensor, grid: tuple[int, ...]) -> None:
         self._unet, self._table, self._grid = unet, table, grid
         self._signal, self._noise = alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt()
 
