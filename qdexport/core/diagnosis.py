@@ -100,9 +100,7 @@ def _onnxruntime(found: Inventory) -> Finding:
         return Finding(name, "warning", detail, f"pip uninstall -y {' '.join(installed)} && {extra}")
     detail = f"{installed[0]} {found.packages[installed[0]]} with {', '.join(found.providers)}"
     if found.gpus and set(found.providers) <= _CPU_PROVIDERS:
-        return Finding(
-            name, "warning", f"{detail}; the GPU is not used", f"pip uninstall -y {installed[0]} && {extra}"
-        )
+        return Finding(name, "warning", f"{detail}; the GPU is not used", f"pip uninstall -y {installed[0]} && {extra}")
     return Finding(name, "ok", detail)
 
 

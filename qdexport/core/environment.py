@@ -83,9 +83,7 @@ def environment_facts() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cpu_count": str(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "cpu_count": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "ram_gib": f"{_memory_bytes() / 2**30:.1f}",
     }
     for number, gpu in enumerate(_gpus()):
@@ -107,9 +105,7 @@ def survey() -> Inventory:
     if "onnxruntime" in packages or "onnxruntime-gpu" in packages:
         text = _in_child("onnxruntime", _TRY_ONNXRUNTIME, failures)
         providers = tuple(json.loads(text)) if text else ()
-    return Inventory(
-        packages=packages, minimums=minimums, gpus=_gpus(), providers=providers, failures=failures
-    )
+    return Inventory(packages=packages, minimums=minimums, gpus=_gpus(), providers=providers, failures=failures)
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str]:
@@ -156,9 +152,7 @@ def _gpus() -> tuple[Gpu, ...]:
         "--format=csv,noheader,nounits",
     ]
     try:
-        answer = subprocess.run(
-            query, capture_output=True, text=True, timeout=_CHILD_SECONDS, check=True
-        ).stdout
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=_CHILD_SECONDS, check=True).stdout
     except (subprocess.SubprocessError, OSError):
         return ()  # the tool is there, the driver is not: no GPU can be used
     return tuple(gpu for gpu in map(_parse_gpu, answer.splitlines()) if gpu is not None)

@@ -7,7 +7,7 @@ import fnmatch
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,19 +16,60 @@ from qdexport.core.files import digest_of
 from qdexport.core.spec import QuantSpec
 from qdexport.errors import RecipeError
 
-__all__ = ["Calibration", "Recipe", "Rule", "Shapes", "Validation", "load_recipe", "preset_names", "preset_text"]
+__all__ = [
+    "BitAllocation",
+    "Calibration",
+    "ChannelScale",
+    "Recipe",
+    "Rule",
+    "Shapes",
+    "SoftmaxQuant",
+    "StepGroups",
+    "Validation",
+    "load_recipe",
+    "preset_names",
+    "preset_text",
+]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Rule(_Part):
-    """Which layers get which quantizers; the last rule that matches a layer wins.
+class _Matching(_Part):
+    """What chooses modules by their paths.
 
     ``match`` is one pattern or a list: a glob over module paths (``*.attn2.to_k``), or ``re:`` and a regular
     expression that must match the whole path.
     """
+
+    match: str | tuple[str, ...] = "*"
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
+        for pattern in self.patterns:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return self
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """All patterns."""
+        return (self.match,) if isinstance(self.match, str) else self.match
+
+    def chooses(self, name: str) -> bool:
+        """Whether a module path is meant."""
+        return any(
+            re.fullmatch(p[3:], name) is not None if p.startswith("re:") else fnmatch.fnmatchcase(name, p)
+            for p in self.patterns
+        )
+
+
+class Rule(_Matching):
+    """Which layers get which quantizers; the last rule that matches a layer wins."""
 
     match: str | tuple[str, ...]
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
@@ -45,27 +86,83 @@ class Rule(_Part):
             raise ValueError("weights are quantized symmetrically: set weight.symmetric to true")
         if self.activation is not None and self.activation.granularity != "per_tensor":
             raise ValueError("activations have one scale per tensor: remove activation.granularity")
-        for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return self
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """All patterns."""
-        return (self.match,) if isinstance(self.match, str) else self.match
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether a layer with this module path and kind is meant."""
-        if kind not in self.kinds:
-            return False
-        return any(
-            re.fullmatch(p[3:], name) is not None if p.startswith("re:") else fnmatch.fnmatchcase(name, p)
-            for p in self.patterns
-        )
+        return kind in self.kinds and self.chooses(name)
+
+
+class ChannelScale(_Matching):
+    """Timestep-channel joint reparameterization (TCAQ-DM): ``conv(W, x) = conv(W r, x / r)``, ``r`` per input channel.
+
+    ``r_t[j] = p_t[j] / min_j p_t[j]`` with ``p_t[j] = max |x_t[:, j]|`` per group of steps; ``r`` is their average over
+    the groups weighted by ``p_t[j]``, cut off at ``max_ratio``.
+    """
+
+    kinds: tuple[Literal["conv", "linear"], ...] = ("conv",)
+    groups: int = Field(default=5, ge=1, description="equal stretches of the schedule that statistics are taken over")
+    max_ratio: float = Field(default=10.0, gt=1, description="where r is cut off; a layer may get less (choose_ratio)")
+    choose_ratio: bool = Field(
+        default=True, description="per layer the cut-off, up to max_ratio, of least error of the layer's output"
+    )
+    power_of_two: bool = Field(default=False, description="round r to powers of two: moving it changes no bit anywhere")
+
+
+class SoftmaxQuant(_Matching):
+    """Quantizers behind the softmax of attention (TCAQ-DM): log2 or uniform, per layer and row of the step table."""
+
+    bits: int = Field(default=8, ge=2, le=8)
+    mode: Literal["adaptive", "log2", "uniform"] = Field(
+        default="adaptive", description="adaptive: log2 where a power law is likelier than an exponential"
+    )
+
+
+class StepGroups(_Part):
+    """Rows of step tables for groups of steps."""
+
+    method: Literal["uniform", "clustered"] = "clustered"
+    count: int | None = Field(default=None, ge=1, description="how many groups; uniform: required, clustered: at most")
+    budget: float = Field(
+        default=0.05,
+        ge=0,
+        description="clustered: how much more squared quantization error than rows per step is allowed, as a share",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.method == "uniform" and self.count is None:
+            raise ValueError("uniform groups need a count")
+        return self
+
+
+class BitAllocation(_Part):
+    """Mixed precision by integer programming over measured sensitivities (MixDQ)."""
+
+    objective: Literal["average_bits", "stored_bytes", "predicted_time"] = "average_bits"
+    weight_target: float | None = Field(
+        default=None,
+        gt=0,
+        description="average bits per weight; or a share (0 to 1) of the bytes or the time at 8 bits",
+    )
+    activation_target: float | None = Field(
+        default=None, gt=0, description="average bits per activation value; none keeps the rules' widths"
+    )
+    content: tuple[str, ...] = Field(
+        default=("*.ff.*", "*.attn2.*"), description="layers judged by the similarity of images; the others by SQNR"
+    )
+    content_weight_bits: tuple[int, ...] = (2, 4, 8)
+    quality_weight_bits: tuple[int, ...] = (4, 8)
+    activation_bits: tuple[int, ...] = (4, 8)
+    protect: tuple[str, ...] = Field(default=(), description="layers that keep the widths of their rules")
+    protect_fp_share: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the most sensitive layers of each group left in floating point"
+    )
+    images: int = Field(default=8, ge=1, description="images per measurement of a content layer")
+    calls: int = Field(default=32, ge=1, description="recorded denoiser calls per measurement of a quality layer")
+    candidate_images: int = Field(default=4, ge=1, description="images on which the plans of the scan are compared")
+    candidates: int = Field(default=12, ge=1, description="how many different plans of the scan are compared on images")
+    seed: int = Field(default=2000, ge=0)
 
 
 class Calibration(_Part):
@@ -115,10 +212,20 @@ class Recipe(_Part):
     description: str = ""
     body: Literal["auto", "fp32", "fp16"] = Field(default="auto", description="auto: the type of the model's weights")
     rules: tuple[Rule, ...] = Field(min_length=1)
-    activation_rows: Literal["static", "per_step"] = "static"
+    activation_rows: Literal["static", "per_step"] | StepGroups = "static"
     time_embedding: Literal["steps", "all", "keep"] = "steps"
     split_shortcuts: bool = Field(
         default=False, description="own quantizers for the hidden and skip halves of up-block shortcuts"
+    )
+    bos: Literal["off", "constant"] = Field(
+        default="off", description="constant: keys and values of the text's first token are constants (MixDQ)"
+    )
+    channel_scale: ChannelScale | None = None
+    softmax: SoftmaxQuant | None = None
+    bit_allocation: BitAllocation | None = None
+    bit_plan: str | None = Field(default=None, description="a YAML file of widths per layer; replaces bit_allocation")
+    int4_storage: Literal["auto", "never"] = Field(
+        default="auto", description="auto: weights of up to 4 bits are stored as INT4 where the target computes with it"
     )
     calibration: Calibration = Calibration()
     shapes: Shapes = Shapes()
@@ -132,6 +239,9 @@ class Recipe(_Part):
     def to_yaml(self) -> str:
         """The recipe with all its defaults, readable and loadable."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+
+
+_PARTS = (Recipe, Rule, ChannelScale, SoftmaxQuant, StepGroups, BitAllocation, Calibration, Shapes, Validation)
 
 
 def preset_names() -> list[str]:
@@ -227,6 +337,6 @@ def _explain(source: str, text: str, error: ValidationError) -> str:
 
 def _known_keys() -> list[str]:
     keys: set[str] = set()
-    for part in (Recipe, Rule, Calibration, Shapes, Validation, QuantSpec):
+    for part in (*_PARTS, QuantSpec):
         keys |= set(part.model_fields)
     return sorted(keys | {"kind", "momentum", "percentile", "grid", "exponent"})

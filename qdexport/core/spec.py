@@ -8,9 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Granularity", "LayerPlan", "ObserverSpec", "QuantSpec", "layer_precision"]
+__all__ = ["Granularity", "LayerPlan", "ObserverSpec", "QuantSpec", "layer_precision", "stores_int4"]
 
 MIN_BITS, MAX_BITS = 2, 8
+_INT4_BITS = 4
 
 
 class Granularity(StrEnum):
@@ -66,6 +67,8 @@ class LayerPlan:
         folded: the layer depends on the timestep alone and becomes rows of a table.
         group: layers with one group name read one tensor and share its activation quantizer.
         splits: widths of the input-channel groups that have quantizers of their own; empty for one group.
+        bos: the first token of the text bypasses the layer: its output is a constant (keys and values of text).
+        channel_scale: input channels are divided by a factor each, and the weight's columns multiplied by it.
         macs: multiply-accumulates of one denoiser call at the recipe's shapes (0 when unknown).
         why: the rule that decided.
     """
@@ -77,6 +80,8 @@ class LayerPlan:
     folded: bool = False
     group: str = ""
     splits: tuple[int, ...] = ()
+    bos: bool = False
+    channel_scale: bool = False
     macs: int = 0
     why: str = ""
 
@@ -93,8 +98,22 @@ class LayerPlan:
         return (self.name,)
 
 
-def layer_precision(plan: LayerPlan, body: str) -> str:
-    """The compute type that a coverage table states for a layer: ``int8``, ``folded``, or the body's type."""
+def stores_int4(plan: LayerPlan, *, int4_linear: bool) -> bool:
+    """Whether a layer's weight is stored as INT4: linear, of at most 4 bits, where the target computes with it."""
+    return (
+        int4_linear
+        and plan.quantized
+        and plan.kind == "linear"
+        and plan.weight is not None
+        and plan.weight.bits <= _INT4_BITS
+        and plan.weight.granularity is Granularity.PER_CHANNEL
+    )
+
+
+def layer_precision(plan: LayerPlan, body: str, *, int4_linear: bool = False) -> str:
+    """The compute type that a coverage table states for a layer: ``int8``, ``int4``, ``folded``, or the body's type."""
     if plan.folded:
         return "folded"
-    return "int8" if plan.quantized else body
+    if not plan.quantized:
+        return body
+    return "int4" if stores_int4(plan, int4_linear=int4_linear) else "int8"

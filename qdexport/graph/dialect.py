@@ -19,7 +19,8 @@ STEP_ROWS = "step_rows"
 _DOC = """Affine fake quantization in FP32, round half to even:
 y = (clip(rint(x / scale[row]) + zero_point[row], qmin, qmax) - zero_point[row]) * scale[row].
 scale and zero_point are [R] (per tensor) or [R, C] (C channels along axis); row is INT64 [1] or [N], absent when
-R = 1."""
+R = 1. Where mode[row] is 1 the quantizer is logarithmic instead: y = scale[row] * 2^-q with
+q = clip(rint(-log2(x / scale[row])), 0, qmax), and y = 0 for the top code and for x <= 0."""
 
 
 def register_schema() -> None:
@@ -39,6 +40,9 @@ def register_schema() -> None:
                 schema.FormalParameter("zero_point", "tensor(float)", "integer valued"),
                 schema.FormalParameter(
                     "row", "tensor(int64)", "table row", param_option=schema.FormalParameterOption.Optional
+                ),
+                schema.FormalParameter(
+                    "mode", "tensor(float)", "0 affine, 1 log2; [R]", param_option=schema.FormalParameterOption.Optional
                 ),
             ],
             outputs=[schema.FormalParameter("y", "T", "like x")],

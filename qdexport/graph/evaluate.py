@@ -15,7 +15,7 @@ from qdexport.graph.dialect import DOMAIN
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["evaluate", "evaluator", "fake_quantize_codes", "subgraph"]
+__all__ = ["evaluate", "evaluator", "fake_quantize_codes", "log2_codes", "subgraph"]
 
 
 def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int) -> np.ndarray:
@@ -24,6 +24,17 @@ def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray
     np.rint(ratio, out=ratio)
     ratio += zero_point
     return cast("np.ndarray", np.clip(ratio, qmin, qmax, out=ratio))
+
+
+def log2_codes(x: np.ndarray, scale: np.ndarray, qmax: int) -> np.ndarray:
+    """``clip(rint(-log2(x / scale)), 0, qmax)`` as FP32; ``qmax`` for ``x <= 0``.
+
+    Read off the binary exponent, so that no logarithm is rounded: with ``x / scale = m 2^e`` and ``m`` in [1/2, 1) the
+    code is ``-e``, and one more where ``m`` is below the square root of 1/2.
+    """
+    mantissa, exponent = np.frexp(np.divide(x, scale, dtype=np.float32))
+    codes = np.where(mantissa < np.float32(np.sqrt(0.5)), 1 - exponent, -exponent)
+    return np.where(mantissa > 0, np.clip(codes, 0, qmax), qmax).astype(np.float32)
 
 
 class FakeQuantize(OpRun):
@@ -37,6 +48,7 @@ class FakeQuantize(OpRun):
         scale: np.ndarray,
         zero_point: np.ndarray,
         row: np.ndarray | None = None,
+        mode: np.ndarray | None = None,
         *,
         qmin: int,
         qmax: int,
@@ -49,7 +61,12 @@ class FakeQuantize(OpRun):
             shape[axis] = scale.shape[-1]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
         codes = fake_quantize_codes(x, scale, zero_point, qmin, qmax)
-        return (((codes - zero_point) * scale).astype(x.dtype),)
+        values = (codes - zero_point) * scale
+        if mode is not None:
+            powers = log2_codes(x, scale, qmax)
+            logarithmic = np.where(powers < qmax, scale * np.exp2(-powers), np.float32(0))
+            values = np.where(mode[index].reshape(shape) == 1, logarithmic, values)
+        return (values.astype(x.dtype),)
 
 
 def evaluate(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

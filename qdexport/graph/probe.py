@@ -242,10 +242,7 @@ class _Cut:
         local = any(item in own for item in producer.inputs if item is not None)
         scope = own if local else self._shared
         label = f"{prefix}:" if local else ""
-        outputs = [
-            ir.Value(name=f"{label}{item.name}", shape=item.shape, type=item.type)
-            for item in producer.outputs
-        ]
+        outputs = [ir.Value(name=f"{label}{item.name}", shape=item.shape, type=item.type) for item in producer.outputs]
         self.nodes.append(
             ir.Node(
                 producer.domain,

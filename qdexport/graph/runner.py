@@ -16,6 +16,8 @@ from qdexport.graph.edit import name_everything
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+
     from qdexport.core.io_spec import IoSpec
     from qdexport.core.spec import LayerPlan
     from qdexport.core.target import Target
@@ -36,6 +38,8 @@ class PassContext:
         layers: the recipe's decision for every Conv2d and Linear.
         timesteps: rows of the time table, exact scheduler timesteps; None keeps the time layers in the graph.
         training_steps: number of training timesteps; valid timesteps are below it.
+        bos: the text encoder's embedding of the first token, FP32 ``[D]``; None when no layer is BOS-aware.
+        int4: whether weights of linear layers may be stored as INT4 (the target can, and the recipe allows it).
     """
 
     target: Target
@@ -44,6 +48,8 @@ class PassContext:
     layers: tuple[LayerPlan, ...]
     timesteps: tuple[int, ...] | None
     training_steps: int
+    bos: np.ndarray | None = None
+    int4: bool = False
 
     def plan_of(self, name: str) -> LayerPlan | None:
         """The decision for a layer."""
