@@ -11,11 +11,19 @@ from torch import Tensor
 
 from qdexport.core.spec import QuantSpec
 
-__all__ = ["dequantize", "fake_quantize_reference", "parameters_from_range", "quantize_codes"]
+__all__ = [
+    "dequantize",
+    "fake_quantize_reference",
+    "log2_codes",
+    "log2_fake_quantize",
+    "parameters_from_range",
+    "quantize_codes",
+]
 
 # A channel that is all zero has no range; any positive scale codes it exactly.
 # One such channel must not touch the others.
 _UNIT_RANGE = 1.0
+_SQRT_HALF = torch.tensor(0.5).sqrt()  # FP32: the bound between two codes of the logarithmic quantizer
 
 
 def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -73,3 +81,22 @@ def fake_quantize_reference(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: 
     # in place: bounds shifted by the zero point would spare two passes, but tensor bounds cost more
     codes = quantize_codes(x, scale, zero_point, qmin, qmax)
     return codes.sub_(zero_point).mul_(scale).to(x.dtype)
+
+
+def log2_codes(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """Codes of the logarithmic quantizer as FP32 values: ``clip(rint(-log2(x / scale)), 0, qmax)``; ``qmax`` for
+    ``x <= 0``.
+
+    Read off the binary exponent, so that no logarithm is rounded and every implementation can have equal codes: with
+    ``x / scale = m 2^e`` and ``m`` in [1/2, 1) the code is ``-e``, and one more where ``m`` is below the square root of
+    1/2.
+    """
+    mantissa, exponent = torch.frexp(x.float() / scale)
+    codes = torch.where(mantissa < _SQRT_HALF, 1 - exponent, -exponent).clamp_(0, qmax)
+    return torch.where(mantissa > 0, codes, qmax).float()
+
+
+def log2_fake_quantize(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """``scale * 2^-q`` with ``q`` of :func:`log2_codes`; 0 for the top code (TCAQ-DM's post-softmax quantizer)."""
+    codes = log2_codes(x, scale, qmax)
+    return torch.where(codes < qmax, scale * torch.exp2(-codes), 0.0).to(x.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,8 @@ from qdexport.quant.ops import NO_AXIS, fake_quantize
 
 __all__ = [
     "ActivationQuantizer",
+    "ChannelScale",
+    "FirstToken",
     "QuantConv2d",
     "QuantLinear",
     "QuantSplitConv2d",
@@ -23,6 +25,7 @@ __all__ = [
     "WeightQuantizer",
     "install_step_rows",
     "quantizer_pairs",
+    "selected_row",
 ]
 
 
@@ -87,6 +90,22 @@ def _select_row(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     step_rows(timestep if isinstance(timestep, Tensor) else torch.tensor([timestep], device=device))
 
 
+def selected_row(context: StepContext | None, rows: int) -> Tensor | None:
+    """The table row of the running call, INT64 ``[1]`` or ``[N]``; None for a static quantizer.
+
+    Raises:
+        ModelError: a table has several rows and none is selected.
+    """
+    if context is None or rows == 1:
+        return None
+    if context.row is None:
+        raise ModelError(
+            "no row of the step tables is selected: call the denoiser itself with its timestep, "
+            "or set StepContext.row before calling a part of it"
+        )
+    return context.row
+
+
 class ActivationQuantizer(nn.Module):
     """Fake quantization of a layer's input, one scale per tensor, one row per step (R = 1 is static)."""
 
@@ -108,14 +127,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", zero_point.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        row: Tensor | None = None
-        if self.context is not None and self.scale.shape[0] > 1:
-            row = self.context.row
-            if row is None:
-                raise ModelError(
-                    "no row of the step tables is selected: call the denoiser itself with its timestep, "
-                    "or set StepContext.row before calling a part of it"
-                )
+        row = selected_row(self.context, self.scale.shape[0])
         qmin, qmax = self.spec.qmin, self.spec.qmax
         y: Tensor = fake_quantize(x, self.scale, self.zero_point, row, qmin, qmax, NO_AXIS)
         return y
@@ -137,30 +149,92 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("scale", scale.float(), persistent=False)
         self.register_buffer("zero_point", torch.zeros_like(self.scale), persistent=False)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         axis = 0 if self.scale.dim() == 2 else NO_AXIS
         qmin, qmax = self.spec.qmin, self.spec.qmax
         y: Tensor = fake_quantize(weight, self.scale, self.zero_point, None, qmin, qmax, axis)
-        return y
+        return y if dtype is None else y.to(dtype)
+
+
+class ChannelScale(nn.Module):
+    """Divides the channels of an input by ``r``, whose product with the weight's columns takes it back.
+
+    ``op(W, x) = op(W r, x / r)`` (TCAQ-DM's reparameterization, SmoothQuant's migration). Both products are FP32 and
+    rounded once; the quotient has the type of ``x`` again.
+
+    Args:
+        ratio: ``r``, FP32 ``[C]``, positive.
+        kind: channels are axis 1 of a convolution's input, the last axis of a linear layer's.
+    """
+
+    ratio: Tensor
+    inverse: Tensor
+
+    def __init__(self, ratio: Tensor, kind: Literal["conv", "linear"]) -> None:
+        super().__init__()
+        shape = (1, -1, 1, 1) if kind == "conv" else (-1,)
+        self.register_buffer("ratio", ratio.float().reshape(shape), persistent=False)
+        inverse = ratio.double().reciprocal().float().reshape(shape)
+        self.register_buffer("inverse", inverse, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.inverse).to(x.dtype)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """``W r``, FP32."""
+        return weight.float() * self.ratio
+
+
+class FirstToken(nn.Module):
+    """The first token of the text, which no quantizer touches (MixDQ's BOS-aware quantization).
+
+    The causal text encoder gives the first token the same embedding for every prompt, with values many times those of
+    the others; its projection becomes a constant when the model is compiled (pass ``precompute-bos``).
+    """
+
+    def forward(self, x: Tensor, rest: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[N, T, D]`` and the layer's output for tokens 1 and on, ``[N, T - 1, C]``; returns ``[N, T, C]``."""
+        return torch.cat([F.linear(x[:, :1], weight, bias), rest], dim=1)
 
 
 class QuantConv2d(nn.Conv2d):
-    """``y = conv(Q_x(x), Q_w(W)) + b``; shares the weight and bias of the layer it replaces."""
+    """``y = conv(Q_x(x / r), Q_w(W r)) + b``; shares the weight and bias of the layer it replaces."""
 
     input_quantizer: ActivationQuantizer
     weight_quantizer: WeightQuantizer
+    channel_scale: ChannelScale | None
 
     @classmethod
-    def wrap(cls, conv: nn.Conv2d, inputs: ActivationQuantizer, weights: WeightQuantizer) -> QuantConv2d:
+    def wrap(
+        cls,
+        conv: nn.Conv2d,
+        inputs: ActivationQuantizer,
+        weights: WeightQuantizer,
+        channel_scale: ChannelScale | None = None,
+    ) -> QuantConv2d:
         """Replaces ``conv``; nothing is copied."""
-        layer = cls.__new__(cls)
-        layer.__dict__ = {**conv.__dict__, "_modules": {}, "_parameters": dict(conv._parameters)}
+        layer = _twin(cls, conv, channel_scale)
         layer.input_quantizer = inputs
         layer.weight_quantizer = weights
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        (operand,), (kernel,) = self.operands(x), self.kernels()
+        return self.product(0, operand, kernel)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the input quantizer of each part reads."""
+        return (x if self.channel_scale is None else self.channel_scale(x),)
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        """What the weight quantizer of each part reads."""
+        return (self.weight if self.channel_scale is None else self.channel_scale.weight(self.weight),)
+
+    def product(self, part: int, operand: Tensor, kernel: Tensor) -> Tensor:
+        """One part's output (the bias is the first part's)."""
+        del part
+        weight = self.weight_quantizer(kernel, self.weight.dtype)
+        y: Tensor = self._conv_forward(self.input_quantizer(operand), weight, self.bias)
         return y
 
 
@@ -173,6 +247,7 @@ class QuantSplitConv2d(nn.Conv2d):
     splits: tuple[int, ...]
     input_quantizers: nn.ModuleList
     weight_quantizers: nn.ModuleList
+    channel_scale: ChannelScale | None
 
     @classmethod
     def wrap(
@@ -181,50 +256,106 @@ class QuantSplitConv2d(nn.Conv2d):
         splits: tuple[int, ...],
         inputs: list[ActivationQuantizer],
         weights: list[WeightQuantizer],
+        channel_scale: ChannelScale | None = None,
     ) -> QuantSplitConv2d:
         """Replaces ``conv``; nothing is copied. Raises ``ValueError`` when the splits do not cover the
         channels.
         """
         if sum(splits) != conv.in_channels or conv.groups != 1:
             raise ValueError(f"splits {splits} do not cover {conv.in_channels} input channels in one group")
-        layer = cls.__new__(cls)
-        layer.__dict__ = {**conv.__dict__, "_modules": {}, "_parameters": dict(conv._parameters)}
+        layer = _twin(cls, conv, channel_scale)
         layer.splits = splits
         layer.input_quantizers = nn.ModuleList(inputs)
         layer.weight_quantizers = nn.ModuleList(weights)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = torch.split_with_sizes(x, self.splits, dim=1)
-        kernels = torch.split_with_sizes(self.weight, self.splits, dim=1)
         total: Tensor | None = None
-        for part, kernel, inputs, weights in zip(
-            parts, kernels, self.input_quantizers, self.weight_quantizers, strict=True
-        ):
-            y = self._conv_forward(inputs(part), weights(kernel), self.bias if total is None else None)
+        for part, (operand, kernel) in enumerate(zip(self.operands(x), self.kernels(), strict=True)):
+            y = self.product(part, operand, kernel)
             total = y if total is None else total + y
         if total is None:
             raise ValueError("a split convolution has at least one group")
         return total
 
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the input quantizer of each part reads."""
+        scaled = x if self.channel_scale is None else self.channel_scale(x)
+        return torch.split_with_sizes(scaled, self.splits, dim=1)
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        """What the weight quantizer of each part reads."""
+        weight = self.weight if self.channel_scale is None else self.channel_scale.weight(self.weight)
+        return torch.split_with_sizes(weight, self.splits, dim=1)
+
+    def product(self, part: int, operand: Tensor, kernel: Tensor) -> Tensor:
+        """One part's output (the bias is the first part's)."""
+        weight = self.weight_quantizers[part](kernel, self.weight.dtype)
+        bias = self.bias if part == 0 else None
+        y: Tensor = self._conv_forward(self.input_quantizers[part](operand), weight, bias)
+        return y
+
 
 class QuantLinear(nn.Linear):
-    """``y = Q_x(x) Q_w(W)^T + b``; shares the weight and bias of the layer it replaces."""
+    """``y = Q_x(x / r) Q_w(W r)^T + b``; shares the weight and bias of the layer it replaces.
+
+    With ``first_token``, the first token of ``x`` ``[N, T, D]`` bypasses the quantizers.
+    """
 
     input_quantizer: ActivationQuantizer
     weight_quantizer: WeightQuantizer
+    channel_scale: ChannelScale | None
+    first_token: FirstToken | None
 
     @classmethod
-    def wrap(cls, linear: nn.Linear, inputs: ActivationQuantizer, weights: WeightQuantizer) -> QuantLinear:
+    def wrap(
+        cls,
+        linear: nn.Linear,
+        inputs: ActivationQuantizer,
+        weights: WeightQuantizer,
+        channel_scale: ChannelScale | None = None,
+        *,
+        bos: bool = False,
+    ) -> QuantLinear:
         """Replaces ``linear``; nothing is copied."""
-        layer = cls.__new__(cls)
-        layer.__dict__ = {**linear.__dict__, "_modules": {}, "_parameters": dict(linear._parameters)}
+        layer = _twin(cls, linear, channel_scale)
         layer.input_quantizer = inputs
         layer.weight_quantizer = weights
+        layer.register_module("first_token", FirstToken() if bos else None)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        (operand,), (kernel,) = self.operands(x), self.kernels()
+        y = self.product(0, operand, kernel)
+        if self.first_token is None:
+            return y
+        joined: Tensor = self.first_token(x, y, self.weight, self.bias)
+        return joined
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the input quantizer of each part reads."""
+        rest = x if self.first_token is None else x[:, 1:]
+        return (rest if self.channel_scale is None else self.channel_scale(rest),)
+
+    def kernels(self) -> tuple[Tensor, ...]:
+        """What the weight quantizer of each part reads."""
+        return (self.weight if self.channel_scale is None else self.channel_scale.weight(self.weight),)
+
+    def product(self, part: int, operand: Tensor, kernel: Tensor) -> Tensor:
+        """The output for the quantized tokens."""
+        del part
+        return F.linear(self.input_quantizer(operand), self.weight_quantizer(kernel, self.weight.dtype), self.bias)
+
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def _twin(cls: type[_Layer], layer: nn.Module, channel_scale: ChannelScale | None) -> _Layer:
+    """An object of ``cls`` with the parameters and settings of ``layer``, and no submodules but the channel scale."""
+    twin = cls.__new__(cls)
+    twin.__dict__ = {**layer.__dict__, "_modules": {}, "_parameters": dict(layer._parameters)}
+    twin.register_module("channel_scale", channel_scale)
+    return twin
 
 
 def quantizer_pairs(layer: nn.Module) -> list[tuple[ActivationQuantizer, WeightQuantizer]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdexport.quant.affine import fake_quantize_reference
+from qdexport.quant.affine import fake_quantize_reference, log2_codes, log2_fake_quantize
 
 __all__ = ["NO_AXIS", "fake_quantize"]
 
@@ -16,7 +16,14 @@ NO_AXIS = -1  # the quantizer has one scale per tensor
 
 @torch.library.custom_op("qdexport::fake_quantize", mutates_args=())
 def fake_quantize(  # noqa: PLR0913  an operator has no dataclass
-    x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, qmin: int, qmax: int, axis: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    row: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    mode: Tensor | None = None,
 ) -> Tensor:
     """Quantizes and dequantizes: ``y = (clip(rint(x / s) + z, qmin, qmax) - z) * s`` in FP32, half to even.
 
@@ -29,19 +36,41 @@ def fake_quantize(  # noqa: PLR0913  an operator has no dataclass
         qmin: smallest code.
         qmax: largest code.
         axis: channel axis of ``x``, or ``NO_AXIS``.
+        mode: FP32 ``[R]``, 0 for rows that are affine, 1 for rows that are logarithmic (``y = s 2^-q`` with ``q =
+            clip(rint(-log2(x / s)), 0, qmax)``, and 0 for the top code); None for affine rows alone.
 
     Returns:
         A tensor like ``x``. The gradients are straight-through for ``x`` and those of LSQ+ for scale and zero
         point (EfficientDM's reference; Esser et al. 2020, Bhalgat et al. 2020), without LSQ's gradient scale.
     """
-    return fake_quantize_reference(x, *_broadcast(x, scale, zero_point, row, axis), qmin, qmax)
+    s, z = _broadcast(x, scale, zero_point, row, axis)
+    if mode is None:
+        return fake_quantize_reference(x, s, z, qmin, qmax)
+    logarithmic = _logarithmic(x, mode, row)
+    if bool(logarithmic.all()):
+        return log2_fake_quantize(x, s, qmax)
+    affine = fake_quantize_reference(x, s, z, qmin, qmax)
+    return torch.where(logarithmic, log2_fake_quantize(x, s, qmax), affine) if bool(logarithmic.any()) else affine
 
 
 @fake_quantize.register_fake
 def _(  # noqa: PLR0913  as above
-    x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, qmin: int, qmax: int, axis: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    row: Tensor | None,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    mode: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+def _logarithmic(x: Tensor, mode: Tensor, row: Tensor | None) -> Tensor:
+    """Which samples have a logarithmic row, in a shape that broadcasts against ``x``."""
+    chosen = mode[:1] if row is None else mode[row]
+    return (chosen == 1).reshape([-1] + [1] * (x.dim() - 1))
 
 
 def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
@@ -60,13 +89,13 @@ def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero_point, row, qmin, qmax, axis = inputs
-    ctx.save_for_backward(x, scale, zero_point, row)
+    x, scale, zero_point, row, qmin, qmax, axis, mode = inputs
+    ctx.save_for_backward(x, scale, zero_point, row, mode)
     ctx.range_and_axis = (qmin, qmax, axis)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, zero_point, row = ctx.saved_tensors
+    x, scale, zero_point, row, mode = ctx.saved_tensors
     qmin, qmax, axis = ctx.range_and_axis
     s, z = _broadcast(x, scale, zero_point, row, axis)
     ratio = x.float() / s
@@ -74,15 +103,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     below, above = code < qmin, code > qmax
     inside = ~(below | above)
     wide = grad.float()
+    wide_affine = wide
+    if mode is not None:
+        # a logarithmic row: d(s 2^-q)/dx = y / x, which is 1 up to the rounding; s cancels out of s 2^log2(x / s)
+        logarithmic = _logarithmic(x, mode, row)
+        inside = torch.where(logarithmic, log2_codes(x, s, qmax) < qmax, inside)
+        wide_affine = torch.where(logarithmic, 0, wide)
     grad_x = torch.where(inside, wide, 0).to(x.dtype)
     grad_scale = grad_zero = None
     if ctx.needs_input_grad[1]:
         bound = torch.where(below, qmin - z, qmax - z)
         local = torch.where(inside, ratio.round() - ratio, bound)
-        grad_scale = _reduce_to_rows(wide * local, s, scale, row)
+        grad_scale = _reduce_to_rows(wide_affine * local, s, scale, row)
     if ctx.needs_input_grad[2]:
-        grad_zero = _reduce_to_rows(torch.where(inside, 0, -wide * s), s, scale, row)
-    return grad_x, grad_scale, grad_zero, None, None, None, None
+        grad_zero = _reduce_to_rows(torch.where(inside, 0, -wide_affine * s), s, scale, row)
+    return grad_x, grad_scale, grad_zero, None, None, None, None, None
 
 
 def _reduce_to_rows(elementwise: Tensor, broadcast: Tensor, table: Tensor, row: Tensor | None) -> Tensor:

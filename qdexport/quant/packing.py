@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qdexport.core.spec import QuantSpec
 from qdexport.quant.affine import quantize_codes
-from qdexport.quant.modules import QuantSplitConv2d, WeightQuantizer, quantizer_pairs
+from qdexport.quant.modules import QuantConv2d, QuantLinear, QuantSplitConv2d, WeightQuantizer, quantizer_pairs
 
 __all__ = ["integer_codes", "pack_codes", "packed_layout", "unpack_codes", "weight_codes", "weight_parts"]
 
@@ -43,10 +43,10 @@ def weight_parts(layer: nn.Module) -> list[tuple[Tensor, WeightQuantizer]]:
         TypeError: the layer is not quantized.
     """
     quantizers = [weights for _, weights in quantizer_pairs(layer)]
-    weight = layer.get_parameter("weight").detach()
-    if isinstance(layer, QuantSplitConv2d):
-        return list(zip(torch.split_with_sizes(weight, layer.splits, dim=1), quantizers, strict=True))
-    return [(weight, quantizers[0])]
+    if not isinstance(layer, QuantConv2d | QuantLinear | QuantSplitConv2d):
+        raise TypeError(f"{type(layer).__name__} is not quantized")
+    with torch.no_grad():
+        return list(zip(layer.kernels(), quantizers, strict=True))
 
 
 def weight_codes(weight: Tensor, quantizer: WeightQuantizer) -> Codes:
