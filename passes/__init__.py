@@ -12,6 +12,7 @@ from qdexport.passes.lower_bitwidth import LowerBitwidth
 from qdexport.passes.lower_timestep_scale import LowerTimestepScale
 from qdexport.passes.lower_zero_point import LowerZeroPoint
 from qdexport.passes.share_quantizers import ShareQuantizers
+from qdexport.passes.split_shortcut import SplitShortcut
 
 if TYPE_CHECKING:
     from qdexport.graph.runner import GraphPass
@@ -20,6 +21,7 @@ __all__ = ["DEFAULT_ORDER", "default_passes"]
 
 DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
+    SplitShortcut,
     FoldTimeEmbedding,
     ExpandGroupNorm,
     FoldAdapters,

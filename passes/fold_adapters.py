@@ -17,10 +17,9 @@ import onnx_ir as ir
 
 from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
-from qdexport.graph.evaluate import evaluate, fake_quantize_codes, subgraph
+from qdexport.graph.evaluate import constant_expression, fake_quantize_codes
 from qdexport.graph.query import (
     const_of,
-    const_or_none,
     dtype_of,
     input_of,
     int_attr,
@@ -47,7 +46,7 @@ class FoldAdapters:
         for node in list(model.graph):
             if not is_fake_quantize(node):
                 continue
-            weight = _constant_expression(model, input_of(node, 0))
+            weight = constant_expression(model, input_of(node, 0))
             if weight is not None:
                 _fold(node, weight)
                 report.touched.append(module_of(node))
@@ -67,23 +66,6 @@ def remove_unused_inputs(node: ir.Node) -> None:
     for value in inputs:
         if value is not None and value.is_initializer() and not value.uses() and value.name is not None:
             del graph.initializers[value.name]
-
-
-def _constant_expression(model: ir.Model, value: ir.Value) -> np.ndarray | None:
-    """The numbers of a value that depends on constants alone; None for anything that depends on an input."""
-    array = const_or_none(value)
-    if array is not None:
-        return array
-    stack, seen = [value], set[int]()
-    while stack:
-        item = stack.pop()
-        if item.is_graph_input() and not item.is_initializer():
-            return None
-        producer = item.producer()
-        if producer is not None and id(producer) not in seen:
-            seen.add(id(producer))
-            stack.extend(source for source in producer.inputs if source is not None)
-    return next(iter(evaluate(subgraph(model, [], [value]), {}).values()))
 
 
 def _fold(node: ir.Node, weight: np.ndarray) -> None:

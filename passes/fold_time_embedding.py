@@ -22,6 +22,7 @@ from qdexport.graph.dialect import STEP_ROWS
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.evaluate import evaluator, subgraph
 from qdexport.graph.query import const_or_none, dtype_of, module_of, shape_of, value_name
+from qdexport.passes.guard_outputs import guard_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["FoldTimeEmbedding"]
 
 _BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
-_FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _MODULE = "time_table"
 
 
@@ -54,7 +54,7 @@ class FoldTimeEmbedding:
         _check_range(context)
         table = _evaluate_rows(model, timestep, frontier, context.timesteps)
         report.touched.extend(sorted({module_of(node) for value in frontier if (node := value.producer())}))
-        _guard_outputs(model, _write_table(timestep, frontier, table, context))
+        guard_outputs(model, _write_table(timestep, frontier, table, context), _MODULE)
         remove_unused(model)
 
 
@@ -195,20 +195,3 @@ def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.nda
             part = writer.op("Reshape", [part, target], dtype=body, shape=shape)  # noqa: PLW2901 the same value, reshaped
         replace_value(value, writer.cast(part, dtype_of(value)))
     return guard
-
-
-def _guard_outputs(model: ir.Model, guard: ir.Value) -> None:
-    """Adds 0, or NaN for a timestep without a row, to every floating-point output."""
-    for output in list(model.graph.outputs):
-        node = output.producer()
-        if node is None or output.dtype not in _FLOATS:
-            continue
-        writer = NodeWriter(node, _MODULE, after=True)
-        rank, count = len(shape_of(output)), shape_of(guard)[0]
-        column = guard
-        if rank != 2:
-            target = writer.constant("guard_shape", np.array([-1] + [1] * (rank - 1), np.int64))
-            column = writer.op("Reshape", [guard, target], dtype=guard.dtype, shape=[count] + [1] * (rank - 1))
-        total = writer.op("Add", [output, writer.cast(column, dtype_of(output))], like=output)
-        adding = total.producer()
-        replace_value(output, total, keep=[] if adding is None else [adding])

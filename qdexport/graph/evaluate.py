@@ -11,11 +11,12 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from qdexport.graph.dialect import DOMAIN
+from qdexport.graph.query import const_or_none
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["evaluate", "evaluator", "fake_quantize_codes", "log2_codes", "subgraph"]
+__all__ = ["constant_expression", "evaluate", "evaluator", "fake_quantize_codes", "log2_codes", "subgraph"]
 
 
 def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int) -> np.ndarray:
@@ -91,3 +92,20 @@ def subgraph(model: ir.Model, inputs: Sequence[ir.Value], outputs: Sequence[ir.V
     graph = ir.convenience.extract(model.graph, list(inputs), list(outputs))
     graph.opset_imports.update(model.graph.opset_imports)
     return ir.Model(graph, ir_version=model.ir_version)
+
+
+def constant_expression(model: ir.Model, value: ir.Value) -> np.ndarray | None:
+    """The numbers of a value that depends on constants alone; None for anything that depends on an input."""
+    array = const_or_none(value)
+    if array is not None:
+        return array
+    stack, seen = [value], set[int]()
+    while stack:
+        item = stack.pop()
+        if item.is_graph_input() and not item.is_initializer():
+            return None
+        producer = item.producer()
+        if producer is not None and id(producer) not in seen:
+            seen.add(id(producer))
+            stack.extend(source for source in producer.inputs if source is not None)
+    return next(iter(evaluate(subgraph(model, [], [value]), {}).values()))

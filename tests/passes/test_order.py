@@ -94,6 +94,7 @@ def test_all_passes_together(graphs, noise, body):
     reports = run_passes(model, default_passes(), context)
     assert {report.name: report.changed for report in reports} == {
         "share-quantizers": True,
+        "split-shortcut": False,
         "fold-time-embedding": True,
         "expand-group-norm": False,
         "fold-adapters": True,
