@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import onnx
 
-__all__ = ["DOMAIN", "FAKE_QUANTIZE", "LAYER_KEY", "NO_AXIS", "STEP_ROWS", "VERSION", "register_schema"]
+__all__ = [
+    "CHANNEL_SCALE",
+    "DOMAIN",
+    "FAKE_QUANTIZE",
+    "LAYER_KEY",
+    "LOG2_ZERO",
+    "NO_AXIS",
+    "SCALED_FOR_KEY",
+    "STEP_ROWS",
+    "VERSION",
+    "register_schema",
+]
 
 DOMAIN = "qdexport"
 FAKE_QUANTIZE = "FakeQuantize"
@@ -13,6 +24,12 @@ NO_AXIS = -1
 
 # metadata of a node: the path of the torch module that it came from
 LAYER_KEY = "qdexport.module"
+# metadata of a convolution or product: the layer whose 1 / r its output carries
+SCALED_FOR_KEY = "qdexport.scaled_for"
+# a layer's module that multiplies its input with 1 / r
+CHANNEL_SCALE = "channel_scale"
+# logarithmic codes from here on stand for 0: FP32 holds smaller powers as subnormal numbers only, which GPUs flush
+LOG2_ZERO = 126
 # the module that looks the activation rows of a timestep up
 STEP_ROWS = "step_rows"
 
@@ -20,7 +37,7 @@ _DOC = """Affine fake quantization in FP32, round half to even:
 y = (clip(rint(x / scale[row]) + zero_point[row], qmin, qmax) - zero_point[row]) * scale[row].
 scale and zero_point are [R] (per tensor) or [R, C] (C channels along axis); row is INT64 [1] or [N], absent when
 R = 1. Where mode[row] is 1 the quantizer is logarithmic instead: y = scale[row] * 2^-q with
-q = clip(rint(-log2(x / scale[row])), 0, qmax), and y = 0 for the top code and for x <= 0."""
+q = clip(rint(-log2(x / scale[row])), 0, qmax), and y = 0 for the top code, codes from 126 on, and x <= 0."""
 
 
 def register_schema() -> None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from qdexport.graph.dialect import DOMAIN
+from qdexport.graph.dialect import DOMAIN, LOG2_ZERO
 from qdexport.graph.query import const_or_none
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class FakeQuantize(OpRun):
         values = (codes - zero_point) * scale
         if mode is not None:
             powers = log2_codes(x, scale, qmax)
-            logarithmic = np.where(powers < qmax, scale * np.exp2(-powers), np.float32(0))
+            logarithmic = np.where(powers < min(qmax, LOG2_ZERO), scale * np.exp2(-powers), np.float32(0))
             values = np.where(mode[index].reshape(shape) == 1, logarithmic, values)
         return (values.astype(x.dtype),)
 

@@ -66,7 +66,13 @@ class WhyNot:
 
 @dataclass(slots=True)
 class PassReport:
-    """What one pass did; ``touched`` names the torch modules whose nodes it changed."""
+    """What one pass did.
+
+    Attributes:
+        touched: torch modules whose nodes it changed.
+        notes: what became of a torch module, where a pass has more than one way.
+        skipped: places where it did not apply.
+    """
 
     name: str
     exact: bool = True
@@ -75,6 +81,7 @@ class PassReport:
     nodes_after: int = 0
     seconds: float = 0.0
     touched: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
     skipped: list[WhyNot] = field(default_factory=list)
 
 
