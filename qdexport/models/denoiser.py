@@ -29,6 +29,7 @@ from qdexport.models.trace import LayerTrace, trace_denoiser
 
 __all__ = [
     "LayerTrace",
+    "Trace",
     "call_denoiser",
     "check_denoiser",
     "denoiser_class",
@@ -41,6 +42,7 @@ __all__ = [
     "quantizable_layers",
     "shortcut_splits",
     "size_multiple",
+    "smallest_io",
     "time_layers",
     "trace_denoiser",
 ]
@@ -50,9 +52,7 @@ Trace = Mapping[str, LayerTrace]
 
 def quantizable_layers(denoiser: nn.Module) -> dict[str, nn.Module]:
     """Every Conv2d and Linear (subclasses too) by module path, in the order of the module tree."""
-    return {
-        name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
-    }
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
 
 
 def time_layers(denoiser: nn.Module, *, trace: Trace | None = None) -> frozenset[str]:
@@ -61,7 +61,7 @@ def time_layers(denoiser: nn.Module, *, trace: Trace | None = None) -> frozenset
     In a UNet without added conditions, the time embedding and every block's time projection; with class
     labels or added text (SDXL) in the sum, the time embedding only.
     """
-    trace = trace or trace_denoiser(denoiser, _smallest_io(denoiser))
+    trace = trace or trace_denoiser(denoiser, smallest_io(denoiser))
     return frozenset(name for name, layer in trace.items() if layer.sources == {"timestep"})
 
 
@@ -71,7 +71,7 @@ def input_groups(denoiser: nn.Module, *, trace: Trace | None = None) -> dict[str
     Names: `<attention>.qkv` for a self-attention, `encoder_hidden_states` for the keys and values of all
     cross-attentions that read the text as it is, `time_emb` for the time projections of all blocks.
     """
-    trace = trace or trace_denoiser(denoiser, _smallest_io(denoiser))
+    trace = trace or trace_denoiser(denoiser, smallest_io(denoiser))
     by_value: defaultdict[int, list[LayerTrace]] = defaultdict(list)
     for layer in trace.values():
         if layer.value is not None:
@@ -124,7 +124,8 @@ def _width(resnet: nn.Module, side: str) -> int:
     return int(getattr(resnet, side))
 
 
-def _smallest_io(denoiser: nn.Module) -> IoSpec:
+def smallest_io(denoiser: nn.Module) -> IoSpec:
+    """Inputs of the least size at which a denoiser runs; for facts that do not depend on the size."""
     # what depends on what, and what is equal to what, is the same at every size
     size = size_multiple(denoiser)
     return io_spec(denoiser, Shapes(batch=2, height=size, width=size, tokens=4), "fp32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,11 @@ from qdexport.core.spec import Granularity, LayerPlan, QuantSpec
 from qdexport.errors import ModelError
 from qdexport.models.loaded import LoadedModel
 from qdexport.quant.affine import parameters_from_range
+from qdexport.quant.bos import Bos
 from qdexport.quant.calibrate import schedule_timesteps
 from qdexport.quant.modules import (
     ActivationQuantizer,
+    ChannelScale,
     QuantConv2d,
     QuantLinear,
     QuantSplitConv2d,
@@ -31,6 +33,7 @@ from qdexport.quant.modules import (
 from qdexport.quant.plan import activation_keys
 from qdexport.quant.ranges import ActivationRanges
 from qdexport.quant.search import weight_range
+from qdexport.quant.softmax import SoftmaxParameters, SoftmaxQuantizer, install_softmax
 
 __all__ = [
     "BODY_DTYPES",
@@ -64,12 +67,18 @@ class QuantParameters:
         scales: FP32 activation scales ``[R]`` by activation key.
         zero_points: FP32, integer valued, ``[R]`` by activation key.
         timesteps: the calibrated timesteps in sampling order; row i of a table belongs to the i-th.
+        channel_ratios: what the channels of an input are divided by, FP32 ``[C]``, by activation group.
+        softmax: the quantizers behind attention, by attention block.
+        bos: the text's first token, where layers leave it out.
     """
 
     weight_scales: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
     zero_points: Mapping[str, Tensor]
     timesteps: tuple[int, ...] = ()
+    channel_ratios: Mapping[str, Tensor] = field(default_factory=dict)
+    softmax: Mapping[str, SoftmaxParameters] = field(default_factory=dict)
+    bos: Bos | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +95,7 @@ class QuantizedModel:
             given ranges without timesteps those of the recipe's schedule; empty for a model without a
             scheduler.
         context: selects the rows of the step tables.
+        bos: the text's first token, where layers leave it out.
     """
 
     loaded: LoadedModel
@@ -95,12 +105,12 @@ class QuantizedModel:
     body: Body
     timesteps: tuple[int, ...]
     context: StepContext
+    bos: Bos | None = None
 
     @property
     def rows(self) -> int:
         """Rows of the largest step table; 1 when all ranges are static."""
-        quantizers = (module for module in self.denoiser.modules() if isinstance(module, ActivationQuantizer))
-        return max((module.scale.shape[0] for module in quantizers), default=1)
+        return _most_rows(self.denoiser)
 
 
 def quantize_model(
@@ -128,6 +138,7 @@ def quantize_model(
         body=body,
         timesteps=_timesteps(loaded, recipe, ranges),
         context=context,
+        bos=ranges.bos,
     )
 
 
@@ -167,6 +178,9 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
         if plan.weight is None or plan.activation is None or not plan.quantized:
             continue
         weight = _layer(denoiser, plan).weight
+        if plan.channel_scale:
+            with torch.no_grad():
+                weight = ChannelScale(ranges.channel_ratios[plan.group], plan.kind).weight(weight)
         kernels = torch.split_with_sizes(weight, plan.splits, dim=1) if plan.splits else (weight,)
         for part, kernel in zip(plan.parts, kernels, strict=True):
             weight_scales[part] = _weight_scale(part, kernel, plan.weight)
@@ -176,7 +190,13 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
                 scale, zero_point = scale[:1], zero_point[:1]
             scales[key], zero_points[key] = scale, zero_point
     return QuantParameters(
-        weight_scales=weight_scales, scales=scales, zero_points=zero_points, timesteps=ranges.timesteps
+        weight_scales=weight_scales,
+        scales=scales,
+        zero_points=zero_points,
+        timesteps=ranges.timesteps,
+        channel_ratios=ranges.channel_ratios,
+        softmax=ranges.softmax,
+        bos=ranges.bos,
     )
 
 
@@ -217,8 +237,12 @@ def install(
         weights = [
             WeightQuantizer(plan.weight, parameters.weight_scales[part]).to(layer.weight.device) for part in plan.parts
         ]
-        _replace(denoiser, plan.name, _wrapped(layer, plan, inputs, weights))
-    if any(quantizer.scale.shape[0] > 1 for quantizer in quantizers.values()):
+        scale = None
+        if plan.channel_scale:
+            scale = ChannelScale(parameters.channel_ratios[plan.group], plan.kind).to(layer.weight.device)
+        _replace(denoiser, plan.name, _wrapped(layer, plan, (inputs, weights), scale))
+    install_softmax(denoiser, parameters.softmax, context)
+    if _most_rows(denoiser) > 1:
         rows = StepRows(list(parameters.timesteps), training_steps, context)
         install_step_rows(denoiser, rows.to(next(denoiser.parameters()).device))
     return context
@@ -310,19 +334,25 @@ def _layer(denoiser: nn.Module, plan: LayerPlan) -> nn.Conv2d | nn.Linear:
     return layer
 
 
+def _most_rows(denoiser: nn.Module) -> int:
+    quantizers = (item for item in denoiser.modules() if isinstance(item, ActivationQuantizer | SoftmaxQuantizer))
+    return max((item.scale.shape[0] for item in quantizers), default=1)
+
+
 def _wrapped(
     layer: nn.Conv2d | nn.Linear,
     plan: LayerPlan,
-    inputs: list[ActivationQuantizer],
-    weights: list[WeightQuantizer],
+    quantizers: tuple[list[ActivationQuantizer], list[WeightQuantizer]],
+    channel_scale: ChannelScale | None,
 ) -> nn.Module:
+    inputs, weights = quantizers
     if isinstance(layer, nn.Linear):
         if plan.splits:
             raise ModelError(f"layer {plan.name} is a Linear; only a convolution can be split")
-        return QuantLinear.wrap(layer, inputs[0], weights[0])
+        return QuantLinear.wrap(layer, inputs[0], weights[0], channel_scale, bos=plan.bos)
     if plan.splits:
-        return QuantSplitConv2d.wrap(layer, plan.splits, inputs, weights)
-    return QuantConv2d.wrap(layer, inputs[0], weights[0])
+        return QuantSplitConv2d.wrap(layer, plan.splits, inputs, weights, channel_scale)
+    return QuantConv2d.wrap(layer, inputs[0], weights[0], channel_scale)
 
 
 def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,80 @@ from torch import Tensor, nn
 
 from qdexport import __version__
 from qdexport.core.files import digest_of
-from qdexport.core.recipe import Calibration, Recipe
+from qdexport.core.recipe import Calibration, Recipe, SoftmaxQuant
 from qdexport.core.spec import LayerPlan
 from qdexport.errors import ModelError, RecipeError
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import OnProgress, SampleRequest, prompts_for, sample, schedule
-from qdexport.quant.observers import NonFiniteError, RangeObserver, make_observer
+from qdexport.quant.channel_scale import ChannelObserver
+from qdexport.quant.modules import ChannelScale
+from qdexport.quant.observers import MseObserver, NonFiniteError, RangeObserver, make_observer
 from qdexport.quant.plan import activation_keys
 from qdexport.quant.ranges import ActivationRanges
 from qdexport.quant.resume import CalibrationState, weights_sha256
+from qdexport.quant.softmax import SoftmaxParameters, attention_names, softmax_parameters, watched_softmax
 
-__all__ = ["calibrate", "calibration_prompts", "schedule_timesteps"]
+__all__ = ["Observations", "calibrate", "calibration_prompts", "observe", "schedule_timesteps"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observations:
+    """What a run of the floating-point model showed; ranges for any widths come from the same statistics.
+
+    Attributes:
+        inputs: an observer by activation key.
+        channels: ranges of single channels by activation group, where channel scales are asked for and not given.
+        softmax: attention probabilities by attention block.
+        timesteps: the sampler's timesteps, in sampling order.
+        group_of_step: the table row that every timestep shares; empty when each has its own, or there is one row.
+    """
+
+    inputs: Mapping[str, RangeObserver]
+    channels: Mapping[str, ChannelObserver]
+    softmax: Mapping[str, MseObserver]
+    timesteps: tuple[int, ...]
+    group_of_step: tuple[int, ...] = ()
+
+    def ranges(self, plans: Sequence[LayerPlan]) -> ActivationRanges:
+        """The ranges of the planned quantizers, whose observers must be those that were asked for."""
+        low: dict[str, Tensor] = {}
+        high: dict[str, Tensor] = {}
+        for plan in plans:
+            for key in activation_keys(plan):
+                if key not in low and plan.activation is not None:
+                    ends = self.inputs[key].ranges(plan.activation)
+                    low[key], high[key] = (self._per_step(end) for end in ends)
+        return ActivationRanges(low=low, high=high, timesteps=self.timesteps)
+
+    def softmax_parameters(self, settings: SoftmaxQuant) -> dict[str, SoftmaxParameters]:
+        """Modes and scales of the quantizers behind attention."""
+        found = {}
+        for name, observer in self.softmax.items():
+            rows = range(len(observer.low))
+            values = softmax_parameters(
+                [observer.sample(row) for row in rows], [float(observer.high[row]) for row in rows], settings
+            )
+            if len(values.scale) > 1:
+                values = replace(values, scale=self._per_step(values.scale), mode=self._per_step(values.mode))
+            found[name] = values
+        return found
+
+    def grouped(self, group_of_step: tuple[int, ...]) -> Observations:
+        """The same with one row for each group of steps."""
+        return replace(
+            self,
+            inputs={key: observer.merged(group_of_step) for key, observer in self.inputs.items()},
+            softmax={
+                name: joined
+                for name, observer in self.softmax.items()
+                if isinstance(joined := observer.merged(group_of_step), MseObserver)
+            },
+            group_of_step=group_of_step,
+        )
+
+    def _per_step(self, rows: Tensor) -> Tensor:
+        """Rows of groups as rows of steps: tables always have a row per step, equal ones where steps share."""
+        return rows[list(self.group_of_step)] if self.group_of_step else rows
 
 
 def calibrate(
@@ -35,8 +98,22 @@ def calibrate(
     state_dir: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> ActivationRanges:
+    """The ranges that :func:`observe` finds for the planned widths; arguments and errors as there."""
+    return observe(loaded, plans, recipe, state_dir=state_dir, on_progress=on_progress).ranges(plans)
+
+
+def observe(
+    loaded: LoadedModel,
+    plans: Sequence[LayerPlan],
+    recipe: Recipe,
+    *,
+    channel_ratios: Mapping[str, Tensor] | None = None,
+    state_dir: Path | None = None,
+    on_progress: OnProgress | None = None,
+) -> Observations:
     """Samples the recipe's prompts with the model's own scheduler and guidance, and watches every quantized
-    layer's input.
+    layer's input (without the first token of the text where that bypasses the quantizers), and the attention
+    probabilities that the recipe quantizes.
 
     With ``state_dir`` what was seen is saved after each batch of prompts; a later call with the same model,
     prompts and observers goes on from there, to the same bits.
@@ -45,6 +122,8 @@ def calibrate(
         loaded: the floating-point model; left as it was.
         plans: what is quantized; an input shared by several layers is observed once.
         recipe: calibration settings, and whether each step has a row of its own.
+        channel_ratios: by activation group, what the channels of the input are divided by; None observes the
+            inputs as they are, and the ranges of their channels beside.
         state_dir: where to save; None saves nothing.
         on_progress: called after each denoiser call with the calls done and their total.
 
@@ -54,24 +133,38 @@ def calibrate(
     """
     request = _request(loaded, recipe.calibration)
     timesteps = schedule_timesteps(loaded, recipe.calibration)
-    per_step = recipe.activation_rows == "per_step"
+    rows = 1 if recipe.activation_rows == "static" else len(timesteps)
     specs = {key: plan.activation for plan in plans for key in activation_keys(plan) if plan.activation is not None}
-    observers = {
-        key: make_observer(spec.observer, len(timesteps) if per_step else 1, name=key, seed=request.seed)
-        for key, spec in specs.items()
+    inputs = {key: make_observer(spec.observer, rows, name=key, seed=request.seed) for key, spec in specs.items()}
+    channels = {}
+    if channel_ratios is None:
+        scaled = {plan.group: plan for plan in plans if plan.channel_scale and plan.quantized}
+        channels = {
+            group: ChannelObserver(len(timesteps), 1 if plan.kind == "conv" else -1) for group, plan in scaled.items()
+        }
+    blocks = attention_names(loaded.denoiser, recipe.softmax)
+    softmax = {name: MseObserver(rows, name, request.seed) for name in blocks}
+    everything: dict[str, RangeObserver] = {
+        **inputs,
+        **{f"channels:{group}": observer for group, observer in channels.items()},
+        **{f"softmax:{name}": observer for name, observer in softmax.items()},
     }
     state = None
     if state_dir is not None:
         observed = {key: spec.observer.model_dump() for key, spec in specs.items()}
-        state = CalibrationState(state_dir, _digest(loaded, request, observed, per_step))
-    watch = _Watch(plans, observers, timesteps, per_step)
-    _sample_batches(loaded, request, watch, state, on_progress)
-    ends = {key: observers[key].ranges(spec) for key, spec in specs.items()}
-    return ActivationRanges(
-        low={key: low for key, (low, _) in ends.items()},
-        high={key: high for key, (_, high) in ends.items()},
-        timesteps=timesteps,
-    )
+        ratios = {group: ratio.tolist() for group, ratio in (channel_ratios or {}).items()}
+        bypassed = sorted(plan.name for plan in plans if plan.bos and plan.quantized)
+        extent = {"rows": rows, "ratios": ratios, "bos": bypassed, "others": sorted(set(everything) - set(inputs))}
+        state = CalibrationState(state_dir, _digest(loaded, request, observed, extent), _state_name(channel_ratios))
+    watch = _Watch(plans, everything, timesteps, channel_ratios or {})
+    with watched_softmax(loaded.denoiser, blocks, watch.probabilities):
+        _sample_batches(loaded, request, watch, state, on_progress)
+    return Observations(inputs=inputs, channels=channels, softmax=softmax, timesteps=timesteps)
+
+
+def _state_name(channel_ratios: Mapping[str, Tensor] | None) -> str:
+    # the run that finds the channel scales and the one that uses them are both found again
+    return "calibration" if channel_ratios is None else "calibration-scaled"
 
 
 def schedule_timesteps(loaded: LoadedModel, calibration: Calibration) -> tuple[int, ...]:
@@ -122,7 +215,7 @@ def _request(loaded: LoadedModel, calibration: Calibration) -> SampleRequest:
     )
 
 
-def _digest(loaded: LoadedModel, request: SampleRequest, observed: dict[str, Any], per_step: bool) -> str:
+def _digest(loaded: LoadedModel, request: SampleRequest, observed: dict[str, Any], extent: dict[str, Any]) -> str:
     """Of everything that the observers' states depend on; widths and symmetry are not among it."""
     scheduler = dict(loaded.scheduler.config) if loaded.scheduler is not None else {}
     return digest_of(
@@ -133,7 +226,7 @@ def _digest(loaded: LoadedModel, request: SampleRequest, observed: dict[str, Any
         weights_sha256(loaded.denoiser),
         asdict(request),
         observed,
-        per_step,
+        extent,
     )
 
 
@@ -147,12 +240,13 @@ class _Watch:
         plans: Sequence[LayerPlan],
         observers: dict[str, RangeObserver],
         timesteps: tuple[int, ...],
-        per_step: bool,
+        channel_ratios: Mapping[str, Tensor],
     ) -> None:
         self.observers = observers
         self.plans = {plan.group: plan for plan in reversed(plans) if plan.quantized}  # the first of each group
-        self.rows = {timestep: index if per_step else 0 for index, timestep in enumerate(timesteps)}
+        self.rows = {timestep: index for index, timestep in enumerate(timesteps)}
         self.timestep = timesteps[0]
+        self._scales = {group: ChannelScale(ratio, self.plans[group].kind) for group, ratio in channel_ratios.items()}
         self._reached: dict[str, set[int]] = {}
 
     @contextlib.contextmanager
@@ -203,18 +297,31 @@ class _Watch:
         for observer in self.observers.values():
             observer.end_batch()
 
+    def probabilities(self, block: str, values: Tensor) -> None:
+        """Takes the attention probabilities of one call."""
+        self._update(f"softmax:{block}", values, f"the attention of {block}")
+
     def _observe(self, plan: LayerPlan, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
+        x = x[:, 1:] if plan.bos else x
+        where = f"the input of layer {plan.name}"
+        if (key := f"channels:{plan.group}") in self.observers:
+            self._update(key, x, where)
+        x = self._scales[plan.group](x) if plan.group in self._scales else x
         parts = torch.split_with_sizes(x, plan.splits, dim=1) if plan.splits else (x,)
         for key, part in zip(activation_keys(plan), parts, strict=True):
-            try:
-                self.observers[key].update(self.rows[self.timestep], part)
-            except NonFiniteError as error:
-                raise ModelError(
-                    f"the input of layer {plan.name} is not finite at timestep {self.timestep}: {error}; "
-                    "the floating-point model overflows there, load it with wider weights (FP32)"
-                ) from error
+            self._update(key, part, where)
         self._reached[plan.name].add(self.timestep)
+
+    def _update(self, key: str, values: Tensor, where: str) -> None:
+        observer = self.observers[key]
+        try:
+            observer.update(0 if len(observer.low) == 1 else self.rows[self.timestep], values)
+        except NonFiniteError as error:
+            raise ModelError(
+                f"{where} is not finite at timestep {self.timestep}: {error}; "
+                "the floating-point model overflows there, load it with wider weights (FP32)"
+            ) from error
 
 
 def _sample_batches(

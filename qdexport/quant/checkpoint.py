@@ -49,9 +49,11 @@ from qdexport.quant.attach import (
     shared_copy,
     training_steps_of,
 )
-from qdexport.quant.modules import WeightQuantizer, quantizer_pairs
+from qdexport.quant.bos import Bos, encoder_digest
+from qdexport.quant.modules import ChannelScale, WeightQuantizer, quantizer_pairs
 from qdexport.quant.packing import pack_codes, packed_layout, unpack_codes, weight_codes, weight_parts
 from qdexport.quant.plan import activation_keys
+from qdexport.quant.softmax import SoftmaxParameters, SoftmaxQuantizer
 from qdexport.quant.stream import LazyTensor, write_safetensors
 
 __all__ = ["QUANTIZATION_FILE", "RECIPE_FILE", "load_quantized", "save_quantized"]
@@ -61,7 +63,8 @@ logger = logging.getLogger(__name__)
 QUANTIZATION_FILE = "quantization.safetensors"
 RECIPE_FILE = "recipe.yaml"
 _METADATA_KEY = "qdexport.quantization"
-_VERSION = 1
+_VERSION = 2
+_BOS = "bos.embedding"
 
 
 class _Version(BaseModel):
@@ -84,6 +87,8 @@ class _Facts(BaseModel):
     weights_in: str | None  # folder of the floating-point weights; None: the checkpoint's own
     defaults: SamplingDefaults
     plans: tuple[LayerPlan, ...]
+    softmax_bits: dict[str, int]
+    encoder: str | None  # digest of the text encoders that the first token's embedding came from; None: no embedding
 
 
 def save_quantized(model: QuantizedModel, folder: Path, *, with_weights: bool = True) -> None:
@@ -127,8 +132,10 @@ def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> Quanti
         raise ModelError(f"{recipe_path} is missing; save the checkpoint again")
     recipe = load_recipe(str(recipe_path))
     loaded = loaded or _load_floating_point(folder, facts)
+    parameters = _read_parameters(path, facts)
+    _check_encoder(folder, loaded, parameters.bos)
     denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == facts.body else BODY_DTYPES[facts.body])
-    context = install(denoiser, facts.plans, _read_parameters(path, facts), training_steps_of(loaded))
+    context = install(denoiser, facts.plans, parameters, training_steps_of(loaded))
     _verify_codes(path, denoiser, facts.plans)
     return QuantizedModel(
         loaded=loaded,
@@ -138,7 +145,19 @@ def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> Quanti
         body=facts.body,
         timesteps=facts.timesteps,
         context=context,
+        bos=parameters.bos,
     )
+
+
+def _check_encoder(folder: Path, loaded: LoadedModel, bos: Bos | None) -> None:
+    """Refuses text encoders that are not those of the first token's embedding."""
+    if bos is None or not bos.encoder or loaded.pipeline is None:
+        return
+    if encoder_digest(loaded) != bos.encoder:
+        raise ModelError(
+            f"{folder} was quantized with the first token of other text encoders than those of {loaded.name} (their "
+            "weights, or which of their layers is read, have changed); quantize the model again"
+        )
 
 
 def _save_weights(model: QuantizedModel, folder: Path) -> None:
@@ -170,7 +189,18 @@ def _facts(model: QuantizedModel, with_weights: bool) -> str:
         weights_in=None if with_weights else str(source.resolve()) if source is not None else "",
         defaults=model.loaded.defaults,
         plans=model.plans,
+        softmax_bits={name: quantizer.spec.bits for name, quantizer in _softmax_quantizers(model.denoiser).items()},
+        encoder=None if model.bos is None else model.bos.encoder,
     ).model_dump_json()
+
+
+def _softmax_quantizers(denoiser: nn.Module) -> dict[str, SoftmaxQuantizer]:
+    """By attention block."""
+    return {
+        name.rpartition(".")[0]: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, SoftmaxQuantizer)
+    }
 
 
 def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
@@ -188,7 +218,18 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
             tensors[f"{part}.weight_scale"] = _lazy(quantizer.scale)
             tensors[f"{part}.input_scale"] = _lazy(inputs.scale)
             tensors[f"{part}.input_zero_point"] = _lazy(inputs.zero_point)
+        if isinstance(layer.channel_scale, ChannelScale):
+            tensors[_ratio_name(plan)] = _lazy(layer.channel_scale.ratio.reshape(-1))
+    for name, softmax in _softmax_quantizers(model.denoiser).items():
+        tensors[f"{name}.softmax_scale"] = _lazy(softmax.scale)
+        tensors[f"{name}.softmax_mode"] = _lazy(softmax.mode)
+    if model.bos is not None:
+        tensors[_BOS] = _lazy(model.bos.embedding)
     return tensors
+
+
+def _ratio_name(plan: LayerPlan) -> str:
+    return f"{plan.group}.channel_ratio"
 
 
 def _packed_codes(weight: Tensor, quantizer: WeightQuantizer) -> NDArray[Any]:
@@ -241,8 +282,11 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
     weight_scales: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     zero_points: dict[str, Tensor] = {}
+    ratios: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         for plan in facts.plans:
+            if plan.quantized and plan.channel_scale:
+                ratios[plan.group] = _scale(file, path, _ratio_name(plan))
             for part, key in zip(plan.parts, activation_keys(plan), strict=False):
                 weight_scales[part] = _scale(file, path, f"{part}.weight_scale")
                 scale, zero_point = (
@@ -258,8 +302,23 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
                         f"{path}: {part}.input_scale has {list(scale.shape)} rows for {len(facts.timesteps)} steps"
                     )
                 scales[key], zero_points[key] = scale, zero_point
+        softmax = {
+            name: SoftmaxParameters(
+                bits=bits,
+                scale=_scale(file, path, f"{name}.softmax_scale"),
+                mode=_tensor(file, path, f"{name}.softmax_mode"),
+            )
+            for name, bits in facts.softmax_bits.items()
+        }
+        bos = None if facts.encoder is None else Bos(embedding=_tensor(file, path, _BOS), encoder=facts.encoder)
     return QuantParameters(
-        weight_scales=weight_scales, scales=scales, zero_points=zero_points, timesteps=facts.timesteps
+        weight_scales=weight_scales,
+        scales=scales,
+        zero_points=zero_points,
+        timesteps=facts.timesteps,
+        channel_ratios=ratios,
+        softmax=softmax,
+        bos=bos,
     )
 
 

@@ -7,8 +7,10 @@ was saved.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 from qdexport.core.spec import ObserverSpec, QuantSpec
 from qdexport.quant.search import activation_range_of_least_error
 
-__all__ = ["NonFiniteError", "RangeObserver", "make_observer"]
+__all__ = ["MseObserver", "NonFiniteError", "RangeObserver", "make_observer"]
 
 
 class NonFiniteError(ValueError):
@@ -63,6 +65,13 @@ class RangeObserver(ABC):
     def end_batch(self) -> None:  # noqa: B027  most observers have nothing to do here
         """Marks the end of one batch of prompts (all its steps)."""
 
+    def merged(self, group_of_row: Sequence[int]) -> RangeObserver:
+        """An observer of groups of rows, from what was seen of the single rows; this one stays as it is."""
+        joined = copy.copy(self)
+        for name, tensor in self.state().items():
+            setattr(joined, name, _join(name, tensor, group_of_row))
+        return joined
+
     @abstractmethod
     def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Low and high for a quantizer, float64 ``[rows]``; defined only for rows that are not missing."""
@@ -79,6 +88,17 @@ class RangeObserver(ABC):
             if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
                 raise ValueError(f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}")
             tensor.copy_(state[name])
+
+
+def _join(name: str, tensor: Tensor, group_of_row: Sequence[int]) -> Tensor:
+    """Rows of one group become one: the least of what ends in ``low``, the largest of ``high``, else their sum."""
+    index = torch.tensor(group_of_row)
+    rows = [tensor[index == group] for group in range(max(group_of_row) + 1)]
+    if name.endswith("low"):
+        return torch.stack([part.amin(dim=0) for part in rows])
+    if name.endswith("high"):
+        return torch.stack([part.amax(dim=0) for part in rows])
+    return torch.stack([part.sum(dim=0) for part in rows])
 
 
 class MinMaxObserver(RangeObserver):
@@ -209,9 +229,24 @@ class MseObserver(RangeObserver):
     def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         low, high = self.low.clone(), self.high.clone()
         for row in range(low.shape[0]):
-            sample = self.values[row, : int(self.offered[row])]
-            low[row], high[row] = activation_range_of_least_error(sample, float(low[row]), float(high[row]), spec)
+            low[row], high[row] = activation_range_of_least_error(
+                self.sample(row), float(low[row]), float(high[row]), spec
+            )
         return low, high
+
+    def sample(self, row: int) -> Tensor:
+        """The values kept of a row, FP32 ``[n]``."""
+        return self.values[row, : int(self.offered[row])]  # offered may exceed what is kept
+
+    def merged(self, group_of_row: Sequence[int]) -> RangeObserver:
+        joined = super().merged(group_of_row)
+        if isinstance(joined, MseObserver):
+            # every row offered as many values, so samples side by side are a sample of the group
+            groups = [[r for r, g in enumerate(group_of_row) if g == group] for group in range(max(group_of_row) + 1)]
+            samples = [torch.cat([self.sample(row) for row in rows]) for rows in groups]
+            joined.values = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+            joined.offered = torch.tensor([len(sample) for sample in samples])
+        return joined
 
     def state(self) -> dict[str, Tensor]:
         return super().state() | {"values": self.values, "tensors": self.tensors, "offered": self.offered}

@@ -10,10 +10,18 @@ from typing import Literal
 
 from torch import nn
 
-from qdexport.core.recipe import Recipe, Rule
-from qdexport.core.spec import LayerPlan, QuantSpec
+from qdexport.core.recipe import ChannelScale, Recipe, Rule
+from qdexport.core.spec import LayerPlan
 from qdexport.errors import RecipeError
-from qdexport.models.denoiser import input_groups, quantizable_layers, time_layers
+from qdexport.models.denoiser import (
+    Trace,
+    input_groups,
+    quantizable_layers,
+    smallest_io,
+    time_layers,
+    trace_denoiser,
+)
+from qdexport.quant.bos import bos_layers
 
 __all__ = ["activation_keys", "macs_share", "plan_layers"]
 
@@ -29,6 +37,7 @@ def plan_layers(
     recipe: Recipe,
     macs: Mapping[str, int] | None = None,
     splits: Mapping[str, tuple[int, ...]] | None = None,
+    trace: Trace | None = None,
 ) -> list[LayerPlan]:
     """Decides for every Conv2d and Linear what quantizes it; the last rule that matches a layer wins.
 
@@ -41,6 +50,7 @@ def plan_layers(
         recipe: the rules.
         macs: multiply-accumulates per layer, for coverage.
         splits: input-channel groups with quantizers of their own, per convolution.
+        trace: of the denoiser, when it is known already.
 
     Returns:
         One plan per layer, in the order of ``named_modules``; layers without a rule stay in floating point.
@@ -53,8 +63,10 @@ def plan_layers(
         for name, module in quantizable_layers(denoiser).items()
     }
     _check_rules(recipe.rules, kinds)
-    folded = frozenset() if recipe.time_embedding == "keep" else time_layers(denoiser)
-    groups = _ActivationGroups(input_groups(denoiser))
+    trace = trace or trace_denoiser(denoiser, smallest_io(denoiser))
+    folded = frozenset() if recipe.time_embedding == "keep" else time_layers(denoiser, trace=trace)
+    bos = bos_layers(denoiser, trace) if recipe.bos == "constant" else frozenset()
+    groups = _ActivationGroups(input_groups(denoiser, trace=trace))
     plans = []
     for name, kind in kinds.items():
         number, rule = _deciding_rule(recipe.rules, name, kind)
@@ -69,12 +81,30 @@ def plan_layers(
             why=_reason(recipe, number, rule, name in folded) if runs else "does not run",
         )
         if rule is not None and rule.activation is not None and runs and not plan.folded:
-            parts = tuple((splits or {}).get(name, ()))
-            group = groups.of(name, rule.activation, parts)
-            plan = replace(plan, weight=rule.weight, activation=rule.activation, splits=parts, group=group)
+            plan = replace(
+                plan,
+                weight=rule.weight,
+                activation=rule.activation,
+                splits=tuple((splits or {}).get(name, ())),
+                bos=name in bos,
+                channel_scale=_is_scaled(recipe.channel_scale, name, kind),
+            )
+            plan = replace(plan, group=groups.of(plan))
         plans.append(plan)
     _warn_of_idle_rules(recipe, plans)
+    if recipe.channel_scale is not None and not any(plan.channel_scale for plan in plans):
+        raise RecipeError(
+            f"channel_scale.match {', '.join(recipe.channel_scale.patterns)!r} matches no quantized layer"
+        )
     return plans
+
+
+def _kinds_of(recipe: Recipe) -> tuple[LayerKind, ...]:
+    return () if recipe.channel_scale is None else recipe.channel_scale.kinds
+
+
+def _is_scaled(settings: ChannelScale | None, name: str, kind: LayerKind) -> bool:
+    return settings is not None and kind in settings.kinds and settings.chooses(name)
 
 
 def activation_keys(plan: LayerPlan) -> tuple[str, ...]:
@@ -100,17 +130,18 @@ class _ActivationGroups:
 
     def __init__(self, inputs: Mapping[str, str]) -> None:
         self._inputs = inputs
-        self._kinds: dict[str, list[tuple[QuantSpec, tuple[int, ...]]]] = {}
+        self._kinds: dict[str, list[tuple[object, ...]]] = {}
 
-    def of(self, name: str, spec: QuantSpec, splits: tuple[int, ...]) -> str:
+    def of(self, plan: LayerPlan) -> str:
         """The group of a layer; layers that disagree about the quantizer of one tensor get groups
         ``tensor@1``, ...
         """
-        tensor = self._inputs.get(name, name)
+        tensor = self._inputs.get(plan.name, plan.name)
         kinds = self._kinds.setdefault(tensor, [])
-        if (spec, splits) not in kinds:
-            kinds.append((spec, splits))
-        index = kinds.index((spec, splits))
+        kind = (plan.activation, plan.splits, plan.bos, plan.channel_scale)
+        if kind not in kinds:
+            kinds.append(kind)
+        index = kinds.index(kind)
         return tensor if index == 0 else f"{tensor}@{index}"
 
 

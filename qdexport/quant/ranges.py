@@ -17,7 +17,9 @@ from torch import Tensor
 from qdexport.core.files import atomic_path
 from qdexport.core.spec import LayerPlan
 from qdexport.errors import ModelError
+from qdexport.quant.bos import Bos
 from qdexport.quant.plan import activation_keys
+from qdexport.quant.softmax import SoftmaxParameters
 
 __all__ = ["ActivationRanges", "given_ranges", "load_ranges"]
 
@@ -35,11 +37,18 @@ class ActivationRanges:
         high: largest value, same keys and shapes.
         timesteps: the sampler's timesteps that were calibrated, in sampling order; with more than one row,
             row i is the i-th timestep's. Empty when the ranges were given.
+        channel_ratios: what the channels of an input are divided by, FP32 ``[C]``, by activation group; the
+            ranges are those of the quotients.
+        softmax: the quantizers behind attention, by attention block.
+        bos: the text's first token, where layers leave it out.
     """
 
     low: Mapping[str, Tensor]
     high: Mapping[str, Tensor]
     timesteps: tuple[int, ...] = field(default=())
+    channel_ratios: Mapping[str, Tensor] = field(default_factory=dict)
+    softmax: Mapping[str, SoftmaxParameters] = field(default_factory=dict)
+    bos: Bos | None = None
 
     @property
     def rows(self) -> int:
@@ -47,10 +56,20 @@ class ActivationRanges:
         return max((len(tensor) for tensor in self.low.values()), default=1)
 
     def save(self, path: Path) -> None:
-        """Writes a safetensors file atomically: ``<key>/low`` and ``<key>/high``."""
+        """Writes a safetensors file atomically: ``<key>/low``, ``<key>/high`` and what else there is."""
         tensors = {f"{key}/low": tensor.contiguous() for key, tensor in self.low.items()}
         tensors |= {f"{key}/high": tensor.contiguous() for key, tensor in self.high.items()}
-        facts = {"version": _VERSION, "timesteps": list(self.timesteps)}
+        tensors |= {f"{group}/ratio": tensor.contiguous() for group, tensor in self.channel_ratios.items()}
+        for name, parameters in self.softmax.items():
+            tensors |= {f"{name}/softmax_scale": parameters.scale, f"{name}/softmax_mode": parameters.mode}
+        if self.bos is not None:
+            tensors["bos"] = self.bos.embedding.contiguous()
+        facts = {
+            "version": _VERSION,
+            "timesteps": list(self.timesteps),
+            "softmax_bits": {name: parameters.bits for name, parameters in self.softmax.items()},
+            "encoder": "" if self.bos is None else self.bos.encoder,
+        }
         with atomic_path(path) as partial:
             save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(facts)})
 
@@ -73,9 +92,20 @@ class ActivationRanges:
             raise ModelError(f"{path} holds no activation ranges of qdexport (version {_VERSION}); calibrate again")
         ends = {
             end: {name.removesuffix(f"/{end}"): t for name, t in tensors.items() if name.endswith(f"/{end}")}
-            for end in ("low", "high")
+            for end in ("low", "high", "ratio", "softmax_scale", "softmax_mode")
         }
-        return cls(low=ends["low"], high=ends["high"], timesteps=tuple(facts["timesteps"]))
+        softmax = {
+            name: SoftmaxParameters(bits=int(bits), scale=ends["softmax_scale"][name], mode=ends["softmax_mode"][name])
+            for name, bits in facts.get("softmax_bits", {}).items()
+        }
+        return cls(
+            low=ends["low"],
+            high=ends["high"],
+            timesteps=tuple(facts["timesteps"]),
+            channel_ratios=ends["ratio"],
+            softmax=softmax,
+            bos=Bos(embedding=tensors["bos"], encoder=facts.get("encoder", "")) if "bos" in tensors else None,
+        )
 
     def check(self, plans: Sequence[LayerPlan], source: str = "activation ranges") -> None:
         """Makes sure that every quantized layer has a usable range.
@@ -91,6 +121,12 @@ class ActivationRanges:
                     hint = f"; near: {', '.join(near)}" if near else ""
                     raise ModelError(f"{source}: no range for {key!r}, the input of layer {plan.name}{hint}")
                 self._check_values(key, plan.name, source)
+            if not plan.quantized:
+                continue
+            if plan.channel_scale and plan.group not in self.channel_ratios:
+                raise ModelError(f"{source}: no channel ratios for {plan.group!r}, the input of layer {plan.name}")
+            if plan.bos and self.bos is None:
+                raise ModelError(f"{source}: layer {plan.name} leaves the text's first token out, which is not given")
 
     def _check_values(self, key: str, layer: str, source: str) -> None:
         low, high = self.low[key], self.high[key]

@@ -23,7 +23,6 @@ __all__ = ["CalibrationState", "weights_sha256"]
 
 logger = logging.getLogger(__name__)
 
-_FILE = "calibration.safetensors"
 _METADATA_KEY = "qdexport.calibration"
 
 
@@ -33,10 +32,11 @@ class CalibrationState:
     Args:
         folder: made when missing.
         digest: of everything the result depends on; a state with another digest is not used.
+        name: of the file, without its ending.
     """
 
-    def __init__(self, folder: Path, digest: str) -> None:
-        self.path = folder / _FILE
+    def __init__(self, folder: Path, digest: str, name: str = "calibration") -> None:
+        self.path = folder / f"{name}.safetensors"
         self.digest = digest
 
     def save(self, observers: Mapping[str, RangeObserver], batches: int) -> None:
