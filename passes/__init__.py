@@ -11,6 +11,7 @@ from qdexport.passes.legalize_types import LegalizeTypes
 from qdexport.passes.lower_bitwidth import LowerBitwidth
 from qdexport.passes.lower_timestep_scale import LowerTimestepScale
 from qdexport.passes.lower_zero_point import LowerZeroPoint
+from qdexport.passes.precompute_bos import PrecomputeBos
 from qdexport.passes.share_quantizers import ShareQuantizers
 from qdexport.passes.split_shortcut import SplitShortcut
 
@@ -22,6 +23,7 @@ __all__ = ["DEFAULT_ORDER", "default_passes"]
 DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
     SplitShortcut,
+    PrecomputeBos,
     FoldTimeEmbedding,
     ExpandGroupNorm,
     FoldAdapters,

@@ -95,6 +95,7 @@ def test_all_passes_together(graphs, noise, body):
     assert {report.name: report.changed for report in reports} == {
         "share-quantizers": True,
         "split-shortcut": False,
+        "precompute-bos": False,
         "fold-time-embedding": True,
         "expand-group-norm": False,
         "fold-adapters": True,
