@@ -35,7 +35,7 @@ from qdexport.graph.probe import build_probe, find_probes, weight_codes
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.affine import quantize_codes
 from qdexport.quant.attach import QuantizedModel
-from qdexport.quant.modules import ActivationQuantizer, QuantSplitConv2d, WeightQuantizer
+from qdexport.quant.modules import ActivationQuantizer, WeightQuantizer, quantizer_pairs
 from qdexport.quant.ops import NO_AXIS
 
 __all__ = ["end_to_end", "layer_parity"]
@@ -155,9 +155,7 @@ class _Comparison:
         if worst.weight is not None:
             return
         axis = 0 if quantizer.scale.dim() == 2 else NO_AXIS
-        scale, zero = (
-            _along(table[0], axis, weight.dim()) for table in (quantizer.scale, quantizer.zero_point)
-        )
+        scale, zero = (_along(table[0], axis, weight.dim()) for table in (quantizer.scale, quantizer.zero_point))
         codes = quantize_codes(weight, scale, zero, quantizer.spec.qmin, quantizer.spec.qmax) - zero
         stored = weight_codes(self._probes[name])
         worst.weight = flip_rate(codes.to(torch.int16).numpy(), stored.astype(np.int16))
@@ -194,9 +192,7 @@ class _Comparison:
         if not chunk.names:
             return
         probe = build_probe(self._model, [self._probes[name] for name in chunk.names])
-        fixed = {
-            value.name: self._inputs[value.name] for value in probe.graph.inputs if value.name in self._inputs
-        }
+        fixed = {value.name: self._inputs[value.name] for value in probe.graph.inputs if value.name in self._inputs}
         serialized = ir.to_proto(probe).SerializeToString()
         (matches,) = compare_with_onnx(
             serialized,
@@ -215,8 +211,7 @@ class _Comparison:
         idle = [name for name, worst in self._worst.items() if worst.calls < calls or worst.weight is None]
         if idle:
             raise ParityError(
-                f"{len(idle)} quantized layers do not run in PyTorch, the first is {idle[0]}; plan the "
-                "model again"
+                f"{len(idle)} quantized layers do not run in PyTorch, the first is {idle[0]}; plan the model again"
             )
         return [
             LayerParity(
@@ -236,14 +231,12 @@ def _tapped(model: QuantizedModel, plans: Sequence[LayerPlan], comparison: _Comp
     hooks = []
     for plan in plans:
         layer: Any = model.denoiser.get_submodule(plan.name)
-        split = isinstance(layer, QuantSplitConv2d)
-        quantizers = layer.weight_quantizers if split else [layer.weight_quantizer]
-        for part, quantizer in zip(plan.parts, quantizers, strict=True):
+        for part, (_, quantizer) in zip(plan.parts, quantizer_pairs(layer), strict=True):
             hooks.append(quantizer.register_forward_pre_hook(partial(_take_weight, comparison, part)))
-        if model.body == "fp16":
+        half = model.body == "fp16"
+        if half:
             hooks.append(layer.register_forward_pre_hook(_round_input))
-        take = _take_parts if split else _take_layer
-        hooks.append(layer.register_forward_hook(partial(take, comparison, plan.name)))
+        hooks.append(layer.register_forward_hook(partial(_take_layer, comparison, plan, half)))
     try:
         yield
     finally:
@@ -254,28 +247,29 @@ def _tapped(model: QuantizedModel, plans: Sequence[LayerPlan], comparison: _Comp
 def _round_input(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The network computes in FP32 here; what a layer reads must be what its ONNX twin can be fed."""
     del layer
+    return (_rounded(args[0]), *args[1:])
+
+
+def _rounded(x: Tensor) -> Tensor:
     # by numpy: in_float32 lets torch make no FP16 tensor
-    rounded = args[0].numpy(force=True).astype(np.float16).astype(np.float32)
-    return (torch.from_numpy(rounded), *args[1:])
+    return torch.from_numpy(x.numpy(force=True).astype(np.float16).astype(np.float32))
 
 
 def _take_weight(comparison: _Comparison, name: str, quantizer: Any, args: tuple[Tensor, ...]) -> None:
     comparison.weight(name, quantizer, args[0])
 
 
-def _take_layer(comparison: _Comparison, name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-    comparison.layer(name, layer.input_quantizer, args[0], y)
-
-
-def _take_parts(comparison: _Comparison, name: str, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
-    del y  # the sum of the parts, which are compared one by one
-    kernels = torch.split(layer.weight, layer.splits, dim=1)
-    for index, x in enumerate(torch.split(args[0], layer.splits, dim=1)):
-        quantizer, weights = layer.input_quantizers[index], layer.weight_quantizers[index]
-        bias = layer.bias if index == 0 else None
-        comparison.layer(
-            f"{name}#{index}", quantizer, x, layer._conv_forward(quantizer(x), weights(kernels[index]), bias)
-        )
+def _take_layer(
+    comparison: _Comparison, plan: LayerPlan, half: bool, layer: Any, args: tuple[Tensor, ...], y: Tensor
+) -> None:
+    """What the quantizers of a layer read (behind its channel scale, without the first token), and its products."""
+    whole = not plan.splits and not plan.bos and not (plan.channel_scale and half)
+    kernels = layer.kernels()
+    for index, operand in enumerate(layer.operands(args[0])):
+        x = _rounded(operand) if half else operand
+        quantizer, _ = quantizer_pairs(layer)[index]
+        product = y if whole else layer.product(index, x, kernels[index])
+        comparison.layer(plan.parts[index], quantizer, x, product)
 
 
 def _codes(quantizer: ActivationQuantizer, x: Tensor, pads: tuple[int, ...]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdexport import __version__
@@ -12,31 +13,24 @@ from qdexport.core.environment import environment_facts
 from qdexport.core.files import digest_of, tree_sha256
 from qdexport.core.results import Manifest, Report
 from qdexport.errors import RecipeError
-from qdexport.models.denoiser import layer_macs, shortcut_splits
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.load import load_model
 from qdexport.models.source import resolve_source
 from qdexport.pipeline.lower import lower_to_onnx, network_facts
+from qdexport.pipeline.quantize import QuantizeSettings, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
 from qdexport.pipeline.validate import validate
 from qdexport.pipeline.workspace import Made
-from qdexport.quant.attach import quantize_model
-from qdexport.quant.calibrate import calibrate
 from qdexport.quant.checkpoint import load_quantized, save_quantized
-from qdexport.quant.plan import plan_layers
 from qdexport.quant.ranges import load_ranges
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from qdexport.core.progress import ProgressSink
     from qdexport.core.recipe import Recipe
-    from qdexport.core.spec import LayerPlan
     from qdexport.core.target import Target
     from qdexport.models.loaded import LoadedModel
     from qdexport.pipeline.workspace import Workspace
     from qdexport.quant.attach import QuantizedModel
-    from qdexport.quant.ranges import ActivationRanges
 
 __all__ = ["STAGES", "Compilation", "CompileOptions", "new_manifest", "new_report"]
 
@@ -58,6 +52,8 @@ class CompileOptions:
         copy_weights: store the floating-point weights in the checkpoint, or only where they are.
         force: stages to do again although nothing changed.
         dump_passes: folder for the graph after each pass.
+        workers: processes that measure sensitivities; None: one per core.
+        ray: address of a Ray cluster that measures them instead.
     """
 
     model: str
@@ -68,6 +64,8 @@ class CompileOptions:
     copy_weights: bool = True
     force: frozenset[str] = frozenset()
     dump_passes: Path | None = None
+    workers: int | None = None
+    ray: str | None = None
 
 
 def new_manifest(options: CompileOptions) -> Manifest:
@@ -136,14 +134,14 @@ class Compilation:
             "variant": options.variant or "",
             "recipe": _quantize_digest(recipe),
             "ranges": tree_sha256(options.ranges) if options.ranges else "",
+            "bit_plan": _file_digest(recipe.bit_plan),
             "tool": __version__,
         }
         checkpoint = self.workspace.root / "checkpoint"
 
         def work() -> list[Made]:
             loaded = load_model(options.model, variant=options.variant)
-            plans = self._plan(loaded)
-            self._model = quantize_model(loaded, plans, recipe, self._ranges(loaded, plans))
+            self._model = make_quantized(loaded, recipe, self._settings(loaded), self.progress)
             network_facts(self._model, options.target)  # a schedule that is missing is better known now
             save_quantized(self._model, checkpoint, with_weights=options.copy_weights)
             return [Made("checkpoint", checkpoint)]
@@ -226,25 +224,22 @@ class Compilation:
             self._model = load_quantized(self.workspace.path("checkpoint"))
         return self._model
 
-    def _plan(self, loaded: LoadedModel) -> list[LayerPlan]:
-        recipe = self.options.recipe
-        macs = layer_macs(loaded.denoiser, io_spec(loaded, recipe.shapes, "fp32"))
-        splits = shortcut_splits(loaded.denoiser) if recipe.split_shortcuts else None
-        return plan_layers(loaded.denoiser, recipe, macs, splits)
+    def _settings(self, loaded: LoadedModel) -> QuantizeSettings:
+        options = self.options
+        ranges = None
+        if options.ranges is not None:
+            ranges = load_ranges(options.ranges, plan_model(loaded, options.recipe))
+        return QuantizeSettings(
+            target=options.target,
+            folder=self.workspace.root / ".calibration",
+            ranges=ranges,
+            workers=options.workers,
+            ray=options.ray,
+        )
 
-    def _ranges(self, loaded: LoadedModel, plans: list[LayerPlan]) -> ActivationRanges:
-        if self.options.ranges is not None:
-            return load_ranges(self.options.ranges, plans)
-        shown = 0
-        with self.progress.track(100, "calibrating") as advance:
 
-            def show(done: int, total: int) -> None:
-                nonlocal shown
-                advance(done * 100 // total - shown)
-                shown = done * 100 // total
-
-            state = self.workspace.root / ".calibration"
-            return calibrate(loaded, plans, self.options.recipe, state_dir=state, on_progress=show)
+def _file_digest(path: str | None) -> str:
+    return tree_sha256(Path(path)) if path is not None and Path(path).is_file() else ""
 
 
 def _quantize_digest(recipe: Recipe) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qdexport.core.target import Target
     from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts"]
+__all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts", "stores_int4_weights"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +64,17 @@ def lower_to_onnx(model: QuantizedModel, folder: Path, target: Target, dump_dir:
         layers=model.plans,
         timesteps=facts.time_table,
         training_steps=facts.training_steps,
+        bos=None if model.bos is None else model.bos.embedding.numpy(),
+        int4=stores_int4_weights(model, target),
     )
     reports = run_passes(captured.model, default_passes(), context, dump_dir)
     file = emit(captured.model, folder, target, facts.to_metadata())
     return Lowered(file=file, facts=facts, passes=tuple(reports))
+
+
+def stores_int4_weights(model: QuantizedModel, target: Target) -> bool:
+    """Whether narrow weights of linear layers are stored as INT4: the target can, and the recipe allows it."""
+    return target.int4_linear and model.recipe.int4_storage == "auto"
 
 
 def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:

@@ -16,9 +16,11 @@ from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
 from qdexport.core.results import Coverage, Plan
 from qdexport.core.spec import layer_precision
+from qdexport.core.target import target_named
 from qdexport.emit.coverage import onnx_coverage
 from qdexport.emit.facts import read_network_facts
 from qdexport.models.sampling import prompts_for
+from qdexport.pipeline.lower import stores_int4_weights
 from qdexport.pipeline.sampling import save_images
 from qdexport.pipeline.workspace import Made
 from qdexport.quant.plan import macs_share
@@ -47,7 +49,8 @@ def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink
     plan = workspace.manifest.artifact("plan")
     report, validation = workspace.report, model.recipe.validation
     report.body = model.body
-    report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.root / plan.path) if plan else None)
+    int4 = stores_int4_weights(model, target_named(facts.target))
+    report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.root / plan.path) if plan else None, int4=int4)
 
     calls = check_calls(model, facts.io, validation.parity_steps, validation.seed)
     with _counted(progress, "parity, layer by layer") as advance:
@@ -63,9 +66,14 @@ def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink
     return [*made, Made("images", images)] if images else made
 
 
-def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None) -> Coverage:
-    """Planned, emitted and compiled type of every layer, and what does not agree."""
-    planned = {part: layer_precision(layer, model.body) for layer in model.plans for part in layer.parts}
+def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None, *, int4: bool) -> Coverage:
+    """Planned, emitted and compiled type of every layer, and what does not agree.
+
+    ``int4`` says whether narrow weights of linear layers are stored as INT4.
+    """
+    planned = {
+        part: layer_precision(layer, model.body, int4_linear=int4) for layer in model.plans for part in layer.parts
+    }
     emitted = onnx_coverage(onnx_path, model.plans)
     compiled = None
     if plan is not None:

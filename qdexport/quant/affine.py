@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qdexport.core.spec import QuantSpec
+from qdexport.graph.dialect import LOG2_ZERO
 
 __all__ = [
     "dequantize",
@@ -97,6 +98,8 @@ def log2_codes(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
 
 
 def log2_fake_quantize(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """``scale * 2^-q`` with ``q`` of :func:`log2_codes`; 0 for the top code (TCAQ-DM's post-softmax quantizer)."""
+    """``scale * 2^-q`` with ``q`` of :func:`log2_codes` (TCAQ-DM's post-softmax quantizer); 0 for the top code and for
+    codes from ``LOG2_ZERO`` on, whose powers FP32 has no normal numbers for.
+    """
     codes = log2_codes(x, scale, qmax)
-    return torch.where(codes < qmax, scale * torch.exp2(-codes), 0.0).to(x.dtype)
+    return torch.where(codes < min(qmax, LOG2_ZERO), scale * torch.exp2(-codes), 0.0).to(x.dtype)

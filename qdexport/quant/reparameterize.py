@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from qdexport.core.recipe import ChannelScale as ChannelScaleSettings
 from qdexport.core.recipe import Recipe
-from qdexport.core.spec import LayerPlan
+from qdexport.core.spec import LayerPlan, QuantSpec
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import OnProgress, SampleRequest, sample
 from qdexport.quant.affine import parameters_from_range
@@ -74,9 +72,7 @@ def choose_ratios(
     limits = dict.fromkeys(full, settings.max_ratio)
     if settings.choose_ratio:
         limits = _best_limits(loaded, plans, recipe, full, on_progress)
-    return {
-        group: cut_off(ratio, limits[group], power_of_two=settings.power_of_two) for group, ratio in full.items()
-    }
+    return {group: cut_off(ratio, limits[group], power_of_two=settings.power_of_two) for group, ratio in full.items()}
 
 
 def _best_limits(
@@ -155,13 +151,12 @@ class _Trial:
         scale = ChannelScale(ratio.to(x.device), self.plan.kind)
         operand = scale(x[:, 1:] if self.plan.bos else x)
         inputs = [self._quantizer(part) for part in self._parts(operand)]
-        weight = layer.get_parameter("weight")
-        if limit not in self._kernels and self.plan.weight is not None:
-            spec = self.plan.weight
-            self._kernels[limit] = [weight_scale(part, spec) for part in self._parts(scale.weight(weight))]
         spec = self.plan.weight
         if spec is None:
             raise ValueError(f"{self.plan.name} has no weight quantizer")
+        if limit not in self._kernels:
+            weight = scale.weight(layer.get_parameter("weight"))
+            self._kernels[limit] = [weight_scale(part, spec) for part in self._parts(weight)]
         weights = [WeightQuantizer(spec, found) for found in self._kernels[limit]]
         y: Tensor = _wrap(layer, self.plan, inputs, weights, scale)(x)
         return y
@@ -177,16 +172,14 @@ class _Trial:
         if spec.observer.kind != "minmax":
             index = torch.randint(operand.numel(), (_VALUES,), generator=self._generator)
             values = operand.reshape(-1)[index.to(operand.device)].float().cpu()
-            least = replace_exponent(spec)
-            low, high = activation_range_of_least_error(values, low, high, least)
+            low, high = activation_range_of_least_error(values, low, high, _least_squares(spec))
         scale, zero = parameters_from_range(torch.tensor([low]), torch.tensor([high]), spec)
         return ActivationQuantizer(spec, scale, zero)
 
 
-def replace_exponent(spec: Any) -> Any:
+def _least_squares(spec: QuantSpec) -> QuantSpec:
     """The quantizer with the search of least squared error, which this comparison is about."""
-    observer = spec.observer.model_copy(update={"kind": "mse", "exponent": 2.0})
-    return spec.model_copy(update={"observer": observer})
+    return spec.model_copy(update={"observer": spec.observer.model_copy(update={"kind": "mse", "exponent": 2.0})})
 
 
 def _wrap(
