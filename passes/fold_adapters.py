@@ -1,11 +1,12 @@
 """Turns the constant expression under a weight's quantizer into integer codes.
 
 Before: ``W -> FakeQuantize(s, axis=0) [-> Transpose] -> op``
-After:  ``codes(INT8) -> DequantizeLinear(s, axis) [-> Cast] -> op``
+After:  ``codes -> DequantizeLinear(s, axis) [-> Cast] -> op``
 
 Identity: ``FakeQuantize(W) = codes * s`` with ``codes = clip(rint(W / s), qmin, qmax)`` in FP32. The whole constant
 expression counts (a plain weight, a slice of one, an adapter's ``W0 + B A``), so nothing of it stays. Exact: the codes
-are computed once, with the same FP32 operations as in PyTorch.
+are computed once, with the same FP32 operations as in PyTorch. Codes are stored as INT8; those of linear layers of up
+to 4 bits as INT4 where the target computes with it (half the bytes, the same INT8 product).
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from qdexport.core.spec import stores_int4
 from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.evaluate import constant_expression, fake_quantize_codes
 from qdexport.graph.query import (
     const_of,
     dtype_of,
+    graph_of,
     input_of,
     int_attr,
     ints_attr,
@@ -28,15 +31,19 @@ from qdexport.graph.query import (
     module_of,
     only_consumer,
 )
+from qdexport.graph.runner import WhyNot
 
 if TYPE_CHECKING:
     from qdexport.graph.runner import PassContext, PassReport
 
 __all__ = ["FoldAdapters"]
 
+_QUANTIZER = ".weight_quantizer"
+_RANGES = {ir.DataType.INT8: (-128, 127), ir.DataType.INT4: (-8, 7)}
+
 
 class FoldAdapters:
-    """Replaces every FakeQuantize of a constant; refuses codes that INT8 cannot hold."""
+    """Replaces every FakeQuantize of a constant; refuses codes that their type cannot hold."""
 
     name: ClassVar[str] = "fold-adapters"
     exact: ClassVar[bool] = True
@@ -48,7 +55,7 @@ class FoldAdapters:
                 continue
             weight = constant_expression(model, input_of(node, 0))
             if weight is not None:
-                _fold(node, weight)
+                _fold(node, weight, _storage(node, weight, context, report))
                 report.touched.append(module_of(node))
                 # the FP weight is released here, so that a large model is never held twice
                 remove_unused_inputs(node)
@@ -68,7 +75,33 @@ def remove_unused_inputs(node: ir.Node) -> None:
             del graph.initializers[value.name]
 
 
-def _fold(node: ir.Node, weight: np.ndarray) -> None:
+def _storage(node: ir.Node, weight: np.ndarray, context: PassContext, report: PassReport) -> ir.DataType:
+    """INT4 where the plan says so; onnx-tensorrt reads an even number of 4-bit codes only."""
+    plan = context.plan_of(module_of(node).removesuffix(_QUANTIZER))
+    if plan is None or not stores_int4(plan, int4_linear=context.int4):
+        return ir.DataType.INT8
+    if weight.size % 2:
+        reason = f"{weight.size} weights are an odd number, which cannot be stored as INT4; they stay INT8"
+        report.skipped.append(WhyNot(node.name or "", reason))
+        return ir.DataType.INT8
+    return ir.DataType.INT4
+
+
+def _fold(node: ir.Node, weight: np.ndarray, storage: ir.DataType) -> None:
+    axis = int_attr(node, "axis")
+    scale, codes = _codes(node, weight, storage)
+    followers, old = _followers(node)
+    if any(item.op_type == "Transpose" for item in followers):
+        perm = ints_attr(followers[-1], "perm", tuple(reversed(range(codes.ndim))))
+        codes = codes.transpose(perm)
+        axis = perm.index(axis) if axis >= 0 else axis
+    _write_dequantize(node, old, codes, scale, axis)
+    for item in reversed(followers):
+        graph_of(item).remove(item, safe=True)
+
+
+def _codes(node: ir.Node, weight: np.ndarray, storage: ir.DataType) -> tuple[np.ndarray, np.ndarray]:
+    """The scales, and the codes less their zero points in the type that they are stored in."""
     module = module_of(node)
     axis = int_attr(node, "axis")
     scale, zero_point = const_of(node, 1), const_of(node, 2)
@@ -81,33 +114,35 @@ def _fold(node: ir.Node, weight: np.ndarray) -> None:
     wide_scale, wide_zero = scale.reshape(shape), zero_point.reshape(shape)
     qmin, qmax = int_attr(node, "qmin"), int_attr(node, "qmax")
     codes = fake_quantize_codes(weight, wide_scale, wide_zero, qmin, qmax) - wide_zero
-    if codes.min() < -128 or codes.max() > 127:
+    low, high = _RANGES[storage]
+    if codes.min() < low or codes.max() > high:
         raise GraphPassError(
-            f"{module}: code - zero_point reaches {codes.min():.0f}..{codes.max():.0f}, which INT8 cannot hold; "
-            "quantize this weight symmetrically, or with at most 7 bits"
+            f"{module}: code - zero_point reaches {codes.min():.0f}..{codes.max():.0f}, which {storage} cannot hold; "
+            "quantize this weight symmetrically, or with fewer bits"
         )
-    codes = codes.astype(np.int8)
-    transpose = only_consumer(node.outputs[0])
-    if transpose is not None and transpose.op_type == "Transpose":
-        perm = ints_attr(transpose, "perm", tuple(reversed(range(codes.ndim))))
-        codes = codes.transpose(perm)
-        axis = perm.index(axis) if axis >= 0 else axis
-        old = transpose.outputs[0]
-    else:
-        transpose, old = None, node.outputs[0]
-    _write_dequantize(node, old, codes, scale, axis)
-    if transpose is not None:
-        graph = transpose.graph
-        if isinstance(graph, ir.Graph):
-            graph.remove(transpose, safe=True)
+    return scale, codes.astype(np.int8).astype(storage.numpy())
+
+
+def _followers(node: ir.Node) -> tuple[list[ir.Node], ir.Value]:
+    """The Cast and the Transpose that alone read a quantized weight, and the value behind them."""
+    followers: list[ir.Node] = []
+    value = node.outputs[0]
+    while (reader := only_consumer(value)) is not None and len(followers) < 2:
+        if reader.op_type == "Transpose":
+            return [*followers, reader], reader.outputs[0]
+        if reader.op_type != "Cast":
+            break
+        followers.append(reader)
+        value = reader.outputs[0]
+    return [], node.outputs[0]
 
 
 def _write_dequantize(node: ir.Node, old: ir.Value, codes: np.ndarray, scale: np.ndarray, axis: int) -> None:
     writer = NodeWriter(node)
     stored = writer.constant("codes", codes)
     scale_value = writer.constant("scale", scale.astype(np.float32))
-    # the explicit INT8 zero point makes ONNX Runtime and every TensorRT parser agree on the type
-    zero = writer.constant("zero", np.zeros(scale.shape, np.int8))
+    # the explicit zero point makes ONNX Runtime and every TensorRT parser agree on the type
+    zero = writer.constant("zero", np.zeros(scale.shape, codes.dtype))
     attributes = {"axis": axis} if axis >= 0 else {}
     body = dtype_of(old)
     out = writer.op(

@@ -6,6 +6,8 @@ After:  ``x [-> Cast] [-> Clip(qmin s, qmax s)] -> QuantizeLinear(s) -> Dequanti
 Identity: INT8 saturates at -128 and 127, so a narrower range needs a Clip only; ``rint(clip(x, a s, b s) / s) =
 clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact. This is the portable
 typed form: FP32 scales between casts, which TensorRT 10.0 to 11.4, TensorRT-RTX and ONNX Runtime all compute alike.
+Layers with INT4 weights read the FP32 value directly and cast their product instead
+(:mod:`qdexport.passes.float32_product`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ import onnx_ir as ir
 
 from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
-from qdexport.graph.query import const_of, dtype_of, graph_of, input_of, int_attr, is_fake_quantize, module_of
+from qdexport.graph.query import (
+    compute_consumers,
+    const_of,
+    dtype_of,
+    graph_of,
+    input_of,
+    int_attr,
+    is_fake_quantize,
+    module_of,
+)
+from qdexport.passes.float32_product import multiply_in_float32, stores_int4_codes
 
 if TYPE_CHECKING:
     from qdexport.graph.runner import PassContext, PassReport
@@ -70,5 +82,9 @@ def _lower(node: ir.Node) -> None:
     zero = writer.constant("zero", np.int8(0))
     codes = writer.op("QuantizeLinear", [x, scale_value, zero], dtype=ir.DataType.INT8, shape=x.shape)
     restored = writer.op("DequantizeLinear", [codes, scale_value, zero], dtype=ir.DataType.FLOAT, shape=x.shape)
-    replace_value(node.outputs[0], writer.cast(restored, body))
+    for item in list(compute_consumers(node.outputs[0])):
+        if stores_int4_codes(item):
+            multiply_in_float32(item, restored)
+    if node.outputs[0].uses() or node.outputs[0].is_graph_output():
+        replace_value(node.outputs[0], writer.cast(restored, body))
     graph_of(node).remove(node, safe=True)

@@ -34,8 +34,8 @@ from qdexport.graph.query import (
     module_of,
     only_consumer,
     shape_of,
-    weight_source,
 )
+from qdexport.passes.float32_product import dequantized_weight
 
 __all__ = ["UnitScale", "rewrite_unit_scale"]
 
@@ -124,27 +124,11 @@ def _pad(writer: NodeWriter, x: ir.Value, pads: tuple[int, ...]) -> ir.Value:
 
 
 def _compute_in_float32(node: ir.Node, unit: ir.Value, *, padded: bool) -> None:
-    node.replace_input_with(1, _dequantized_weight(node).outputs[0])
+    node.replace_input_with(1, dequantized_weight(node).outputs[0])
     node.replace_input_with(0, unit)
     node.outputs[0].type = ir.TensorType(_FLOAT)
     if padded:
         node.attributes["pads"] = ir.AttrInt64s("pads", [0] * len(ints_attr(node, "pads")))
-
-
-def _dequantized_weight(node: ir.Node) -> ir.Node:
-    """The DequantizeLinear that feeds a layer; nothing but a Cast may stand between, since it is passed over."""
-    weight = weight_source(node)
-    if weight is None or weight.op_type != "DequantizeLinear":
-        raise GraphPassError(f"{module_of(node)}: the weight is not quantized although the input is")
-    between = input_of(node, 1).producer()
-    while between is not None and between is not weight:
-        if between.op_type != "Cast":
-            raise GraphPassError(
-                f"{module_of(node)}: a {between.op_type} stands between the quantized weight and the layer; "
-                "run fold-adapters first, and let no two layers share one weight"
-            )
-        between = input_of(between, 0).producer()
-    return weight
 
 
 def _check_form(node: ir.Node) -> None:
@@ -215,13 +199,20 @@ def _codes_alone(node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The weight scales (one, or one per channel), and the sums of the codes.
     """
-    weight = _dequantized_weight(node)
+    weight = dequantized_weight(node)
     codes, scale = const_of(weight, 0), const_of(weight, 1).astype(np.float64).reshape(-1)
     writer = NodeWriter(node, module_of(weight))
-    operands = [input_of(weight, 0), writer.constant("unit", np.float32(1)), writer.constant("zero", np.int8(0))]
-    node.replace_input_with(1, writer.op("DequantizeLinear", operands, dtype=_FLOAT, shape=codes.shape))
     transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not int_attr(node, "transB", 0))
     axis = 1 if transposed else 0
+    # one scale is enough for INT8; the RTX builder takes INT4 codes with a scale per channel only
+    per_channel = input_of(weight, 0).dtype == ir.DataType.INT4
+    units, attributes = ((codes.shape[axis],), {"axis": axis}) if per_channel else ((), {})
+    unit, zero = (
+        writer.constant("unit", np.ones(units, np.float32)),
+        writer.constant("zero", np.zeros(units, codes.dtype)),
+    )
+    operands = [input_of(weight, 0), unit, zero]
+    node.replace_input_with(1, writer.op("DequantizeLinear", operands, attributes, dtype=_FLOAT, shape=codes.shape))
     sums = codes.astype(np.int64).sum(axis=tuple(i for i in range(codes.ndim) if i != axis))
     return np.broadcast_to(scale, sums.shape), sums.astype(np.float64)
 

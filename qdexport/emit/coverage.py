@@ -31,7 +31,8 @@ def onnx_coverage(path: Path, layers: Iterable[LayerPlan]) -> dict[str, str]:
 
     Returns:
         ``int8`` (or another narrow type) where both operands are quantized, the operand's float type otherwise,
-        ``folded`` where a folded layer has no node, ``missing`` where any other layer has none.
+        ``folded`` where a folded layer has no node, ``missing`` where any other layer has none. INT4 weights behind a
+        Cast are no ``int4``: a builder then multiplies in the type of the Cast.
     """
     model = ir.load(path)
     nodes = {node.name: node for node in model.graph if node.op_type in COMPUTE_OPS}
@@ -48,11 +49,23 @@ def onnx_coverage(path: Path, layers: Iterable[LayerPlan]) -> dict[str, str]:
 
 def _compute_type(node: ir.Node) -> str:
     weight, activation = _narrow_type(node.inputs[1]), _narrow_type(node.inputs[0])
-    if weight is not None and activation is not None:
+    if weight is not None and activation is not None and not (weight == "int4" and _is_cast(node)):
         return weight
     value = node.outputs[0] if node.outputs[0].dtype is not None else node.inputs[0]
     known = _FLOATS.get(value.dtype) if value is not None and value.dtype is not None else None
     return known or "unknown"
+
+
+def _is_cast(node: ir.Node) -> bool:
+    """Whether a Cast stands between a layer and the DequantizeLinear of either operand."""
+    for value in node.inputs[:2]:
+        producer = None if value is None else value.producer()
+        while producer is not None and producer.op_type in _PASSIVE:
+            if producer.op_type == "Cast":
+                return True
+            source = producer.inputs[0]
+            producer = None if source is None else source.producer()
+    return False
 
 
 def _narrow_type(value: ir.Value | None) -> str | None:

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from qdexport.errors import ParityError
@@ -19,8 +20,6 @@ from qdexport.graph.query import COMPUTE_OPS, const_or_none, int_attr, ints_attr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    import numpy as np
 
 __all__ = ["LayerProbe", "build_probe", "find_probes", "weight_codes"]
 
@@ -93,12 +92,14 @@ def find_probes(model: ir.Model, names: Iterable[str]) -> dict[str, LayerProbe]:
 
 
 def weight_codes(probe: LayerProbe) -> np.ndarray:
-    """The integer codes of a layer's weight, in torch's layout (output channels first)."""
+    """The integer codes of a layer's weight, in torch's layout (output channels first); INT4 ones widened to INT8."""
     codes = const_or_none(probe.weight)
     if codes is None:
         raise ParityError(
             f"the weight codes of layer {probe.name}, {value_name(probe.weight)}, are not in the ONNX file"
         )
+    if probe.weight.dtype == ir.DataType.INT4:
+        codes = codes.astype(np.int8)
     return codes.T if probe.weight_transposed else codes
 
 
