@@ -37,9 +37,7 @@ def line(name, kind, inputs=(), constants=(), outputs=(), nodes=()):
 
 
 def plan_of(*lines):
-    return parse_plan(
-        "\n".join(["INFO: before", "VERBOSE: Layers:", *lines, "", "I/O Tensors:"]), "tensorrt-rtx"
-    )
+    return parse_plan("\n".join(["INFO: before", "VERBOSE: Layers:", *lines, "", "I/O Tensors:"]), "tensorrt-rtx")
 
 
 QKV = line(
@@ -190,15 +188,11 @@ def test_attention_is_counted_apart(build, nets, tmp_path):
     heads = {}
     for name, order in {"to_q": [0, 2, 1, 3], "to_k": [0, 2, 3, 1], "to_v": [0, 2, 1, 3]}.items():
         y = net.node(f"attn.{name}/MatMul", "MatMul", [x, net.weight(f"attn.{name}", (64, 64), 1)])
-        y = net.node(
-            f"attn/Reshape_{name}", "Reshape", [y, net.constant(f"shape_{name}", np.array([2, -1, 4, 16]))]
-        )
+        y = net.node(f"attn/Reshape_{name}", "Reshape", [y, net.constant(f"shape_{name}", np.array([2, -1, 4, 16]))])
         heads[name] = net.node(f"attn/Transpose_{name}", "Transpose", [y], perm=order)
     scores = net.node("attn/MatMul", "MatMul", [heads["to_q"], heads["to_k"]])
     shares = net.node("attn/Softmax", "Softmax", [scores], axis=-1)
-    _, plan = build(
-        net.save(tmp_path / "m.onnx", net.node("attn/MatMul_1", "MatMul", [shares, heads["to_v"]]))
-    )
+    _, plan = build(net.save(tmp_path / "m.onnx", net.node("attn/MatMul_1", "MatMul", [shares, heads["to_v"]])))
     counts = kernel_counts(plan)
     assert (counts.int8_compute, counts.fp_compute, counts.attention_kernels) == (1, 0, 1)
     assert counts.quantize_only == 1
@@ -209,9 +203,7 @@ def test_attention_is_counted_apart(build, nets, tmp_path):
 def test_both_parts_of_a_split_convolution_are_seen(build, nets, tmp_path):
     net = nets.Net()
     parts = [
-        net.conv(
-            f"conv#{index}", net.input(f"x{index}", [2, 32, 8, 8]), (32, 32, 3, 3), scale=0.05 + index / 100
-        )
+        net.conv(f"conv#{index}", net.input(f"x{index}", [2, 32, 8, 8]), (32, 32, 3, 3), scale=0.05 + index / 100)
         for index in range(2)
     ]
     _, plan = build(net.save(tmp_path / "m.onnx", net.node("conv/Add", "Add", parts)))
@@ -239,9 +231,7 @@ def test_silent_fallbacks_show_as_floating_point(build, nets, tmp_path):
 def test_weight_scales_along_the_inputs_of_a_linear_layer(build, nets, tmp_path):
     net = nets.Net()
     x = net.quantize("l", net.input("x", [2, 64, 64]))
-    _, plan = build(
-        net.save(tmp_path / "m.onnx", net.node("l/MatMul", "MatMul", [x, net.weight("l", (64, 48), 0)]))
-    )
+    _, plan = build(net.save(tmp_path / "m.onnx", net.node("l/MatMul", "MatMul", [x, net.weight("l", (64, 48), 0)])))
     (kernel,) = (kernel for kernel in plan.kernels if "l/MatMul" in kernel.nodes)
     # both operands are integers in memory, and the product is not
     assert [t.dtype for t in plan_tensors(kernel.inputs) if len(t.dims) > 1 and min(t.dims) > 1] == [
@@ -269,3 +259,39 @@ def test_int4_weights_compute_as_int8_only_without_casts(build, nets, tmp_path, 
     w = net.cast("l.weight_quantizer/Cast", w, TensorProto.FLOAT16)
     _, plan = build(net.save(tmp_path / "m.onnx", net.node("l/MatMul", "MatMul", [x, w])))
     assert engine_coverage(plan, ["l"]) == {"l": compute}
+
+
+@pytest.mark.rtx
+def test_int4_weights_in_a_half_precision_body_compute_as_int8_between_casts(build, nets, tmp_path):
+    """FP32 operands, one Cast behind the product: the builder widens the codes in a kernel of their own."""
+    net = nets.Net("fp16")
+    x = net.cast("l.input_quantizer/Cast", net.input("x", [2, 64, 128]), TensorProto.FLOAT)
+    scale, zero = net.constant("step", np.float32(0.05)), net.constant("zero", np.int8(0))
+    x = net.node("l.input_quantizer/QuantizeLinear", "QuantizeLinear", [x, scale, zero])
+    x = net.node("l.input_quantizer/DequantizeLinear", "DequantizeLinear", [x, scale, zero])
+    codes, scales = net.int4("codes", (128, 64)), net.constant("scale", np.full(64, 0.1, np.float32))
+    w = net.node("l.weight_quantizer/DequantizeLinear", "DequantizeLinear", [codes, scales], axis=1)
+    y = net.cast("l/Cast", net.node("l/MatMul", "MatMul", [x, w]), TensorProto.FLOAT16)
+    _, plan = build(net.save(tmp_path / "m.onnx", net.node("l/Add", "Add", [y, net.floats("bias", 64)])))
+    assert engine_coverage(plan, ["l"]) == {"l": "int8"}
+    counts = kernel_counts(plan)
+    assert (counts.int8_compute, counts.fp_compute, counts.attention_kernels) == (1, 0, 0)
+    widening = [kernel for kernel in plan.kernels if any("int4" in item for item in kernel.inputs)]
+    assert [plan_tensors(kernel.outputs)[0].dtype for kernel in widening] == ["int8"]
+
+
+def test_the_kernel_that_widens_int4_codes_is_no_compute():
+    """Its output is a constant, so that the product behind it counts as a layer, and as an integer one."""
+    widen = line("__myl_Cast_myl0_1", "kgen", [], [("w4", "128,64", "Int4")], [("w8", "128,64", "Int8")], ["l/MatMul"])
+    gemm = line(
+        "l/MatMul_myl0_2",
+        "gemm",
+        [("x", "128,128", "Int8"), ("w8", "128,64", "Int8")],
+        [("alpha", "1", "Float"), ("beta", "1", "Float")],
+        [("y", "128,64", "Float")],
+        ["l/MatMul"],
+    )
+    plan = plan_of(widen, gemm)
+    assert engine_coverage(plan, ["l"]) == {"l": "int8"}
+    counts = kernel_counts(plan)
+    assert (counts.kernels, counts.int8_compute, counts.fp_compute, counts.attention_kernels) == (2, 1, 0, 0)

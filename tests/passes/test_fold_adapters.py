@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from qdexport.core.spec import Granularity, LayerPlan, QuantSpec
 from qdexport.errors import GraphPassError
 from qdexport.graph.evaluate import fake_quantize_codes
 from qdexport.passes.fold_adapters import FoldAdapters
@@ -27,9 +31,7 @@ def linear(graphs, constants, expression="", *, operand="w", axis=0, bounds=(-12
 def constants_of(noise, **more):
     """A weight in units of its scales, with exact ties, zeros and values out of range."""
     scale = np.float32([[0.0071, 0.25, 1.3]])
-    steps = np.concatenate(
-        [noise.integers(-150, 150, (3, 6)), noise.integers(-150, 150, (3, 2)) + 0.5], axis=1
-    )
+    steps = np.concatenate([noise.integers(-150, 150, (3, 6)), noise.integers(-150, 150, (3, 2)) + 0.5], axis=1)
     weight = (steps * scale.T.astype(np.float64)).astype(np.float32)
     return {"w": weight, "s": scale, "z": np.zeros((1, 3), np.float32), **more}
 
@@ -50,9 +52,7 @@ def folded(ran, layer="to_q"):
 
 def test_a_transposed_linear_weight(graphs, noise):
     constants = constants_of(noise)
-    ran = graphs.run(
-        linear(graphs, constants), FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)}
-    )
+    ran = graphs.run(linear(graphs, constants), FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)})
     assert ran.ops == ["DequantizeLinear", "MatMul"]
     codes, scale, axis = folded(ran)
     assert axis == 1
@@ -178,9 +178,7 @@ def test_a_narrow_body_gets_a_cast(graphs, noise, dtype):
     ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(dtype)})
     assert ran.ops == ["DequantizeLinear", "Cast", "MatMul"]
     assert ran.nodes("Cast")[0].attributes["to"].as_int() == number
-    expected = fake_quantize_codes(
-        constants["w"].astype(np.float32), constants["s"].T, np.float32(0), -128, 127
-    )
+    expected = fake_quantize_codes(constants["w"].astype(np.float32), constants["s"].T, np.float32(0), -128, 127)
     np.testing.assert_array_equal(folded(ran)[0].T, expected)
     ran.assert_equal()
 
@@ -212,9 +210,7 @@ def test_foreign_zero_points_that_fit(graphs, noise, zero, bounds):
 def test_codes_that_int8_cannot_hold_are_refused(graphs, noise):
     constants = constants_of(noise) | {"z": np.full((1, 3), 3, np.float32)}
     model = linear(graphs, constants, bounds=(0, 255))
-    with pytest.raises(
-        GraphPassError, match=r"to_q.weight_quantizer: code - zero_point reaches -3\.\.\d+, which INT8"
-    ):
+    with pytest.raises(GraphPassError, match=r"to_q.weight_quantizer: code - zero_point reaches -3\.\.\d+, which INT8"):
         graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
 
 
@@ -222,9 +218,7 @@ def test_a_weight_with_step_rows_is_refused(graphs, noise):
     constants = constants_of(noise)
     constants["s"] = np.concatenate([constants["s"]] * 2)
     constants["z"] = np.zeros((2, 3), np.float32)
-    with pytest.raises(
-        GraphPassError, match=r"to_q\.weight_quantizer: a weight has one row of scales, not 2"
-    ):
+    with pytest.raises(GraphPassError, match=r"to_q\.weight_quantizer: a weight has one row of scales, not 2"):
         graphs.run(linear(graphs, constants), FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
 
 
@@ -235,6 +229,92 @@ def test_a_scale_that_is_computed_is_refused(graphs, noise):
     del constants["s"]
     model = graphs.model_of("float[2,8] x, float[1,3] s", "float[2,3] y", body, constants)
     with pytest.raises(GraphPassError, match=r"weight_quantizer/FakeQuantize .*input 1, s, is not constant"):
-        graphs.run(
-            model, FoldAdapters(), {"x": np.ones((2, 8), np.float32), "s": np.ones((1, 3), np.float32)}
-        )
+        graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32), "s": np.ones((1, 3), np.float32)})
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["plain", "reparameterized"])
+def test_a_cast_before_the_transpose(graphs, noise, reduced):
+    """A channel scale makes the weight FP32, so that an FP16 body casts it behind its quantizer."""
+    constants = constants_of(noise)
+    lines = [
+        graphs.quantize(LINEAR, "wq", "w, s, z", -128, 127, axis=0),
+        f'["{LINEAR}/Cast"] wn = Cast<to: int = 10>(wq)',
+        '["to_q/Transpose"] wt = Transpose<perm: ints = [1,0]>(wn)' if not reduced else "",
+        f'["to_q/{"Gemm" if reduced else "MatMul"}"] y = '
+        + ("Gemm<transB: int = 1>(x, wn)" if reduced else "MatMul(x, wt)"),
+    ]
+    model = graphs.model_of("float16[2,8] x", "float16[2,3] y", "\n".join(lines), constants)
+    ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float16)})
+    assert ran.ops == ["DequantizeLinear", "Cast", "Gemm" if reduced else "MatMul"]
+    _, _, axis = folded(ran)
+    assert axis == (0 if reduced else 1)
+    ran.assert_equal()
+
+
+def int4_context(graphs, *, bits=4, kind="linear", int4=True, granularity=Granularity.PER_CHANNEL):
+    weight = QuantSpec(bits=bits, granularity=granularity)
+    layer = LayerPlan(name="to_q", kind=kind, weight=weight, activation=QuantSpec(bits=8))
+    return dataclasses.replace(graphs.context_of(), layers=(layer,), int4=int4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_narrow_linear_weights_are_stored_as_int4(graphs, noise, bits, dtype):
+    constants = constants_of(noise)
+    constants["w"] = constants["w"].astype(dtype)
+    bounds = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    model = linear(graphs, constants, bounds=bounds, body="float" if dtype is np.float32 else "float16")
+    ran = graphs.run(
+        model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(dtype)}, int4_context(graphs, bits=bits)
+    )
+    (node,) = ran.nodes("DequantizeLinear")
+    assert [value.dtype for value in node.inputs] == [ir.DataType.INT4, ir.DataType.FLOAT, ir.DataType.INT4]
+    codes, _, zero = (value.const_value for value in node.inputs)
+    assert (codes.nbytes, len(ir.serde.serialize_tensor(codes).raw_data)) == (12, 12)
+    assert zero.shape == (3,)
+    expected = fake_quantize_codes(constants["w"].astype(np.float32), constants["s"].T, np.float32(0), *bounds)
+    np.testing.assert_array_equal(codes.numpy().astype(np.int8), expected.T)
+    assert not ran.report.skipped
+    ran.assert_equal()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bits": 5}, {"kind": "conv"}, {"int4": False}, {"granularity": Granularity.PER_TENSOR}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_weights_stay_int8(graphs, noise, changes):
+    ran = graphs.run(
+        linear(graphs, constants_of(noise), bounds=(-8, 7)),
+        FoldAdapters(),
+        {"x": noise.normal(size=(2, 8)).astype(np.float32)},
+        int4_context(graphs, **changes),
+    )
+    folded(ran)
+    assert not ran.report.skipped
+    ran.assert_equal()
+
+
+def test_an_odd_number_of_codes_stays_int8(graphs, noise):
+    """onnx-tensorrt refuses it: "4-bit quantization requies an even number of elements"."""
+    constants = constants_of(noise)
+    constants["w"] = constants["w"][:, :7].copy()
+    lines = [
+        graphs.quantize(LINEAR, "wq", "w, s, z", -8, 7, axis=0),
+        '["to_q/Gemm"] y = Gemm<transB: int = 1>(x, wq)',
+    ]
+    model = graphs.model_of("float[2,7] x", "float[2,3] y", "\n".join(lines), constants)
+    feeds = {"x": noise.normal(size=(2, 7)).astype(np.float32)}
+    ran = graphs.run(model, FoldAdapters(), feeds, int4_context(graphs))
+    folded(ran)
+    (skipped,) = ran.report.skipped
+    assert skipped.node == f"{LINEAR}/FakeQuantize"
+    assert "21 weights are an odd number" in skipped.reason
+    ran.assert_equal()
+
+
+def test_codes_that_int4_cannot_hold_are_refused(graphs, noise):
+    constants = constants_of(noise) | {"z": np.full((1, 3), 3, np.float32)}
+    model = linear(graphs, constants, bounds=(0, 15))
+    with pytest.raises(GraphPassError, match=r"to_q.weight_quantizer: .* reaches -3\.\.12, which INT4 cannot hold"):
+        graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32)}, int4_context(graphs))
