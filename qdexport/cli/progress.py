@@ -14,6 +14,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from qdexport.core.progress import Advance
+
 __all__ = ["Progress"]
 
 _SECONDS_BETWEEN_LINES = 5.0
@@ -53,21 +55,21 @@ class Progress:
             yield
 
     @contextlib.contextmanager
-    def track(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
+    def track(self, total: int, description: str) -> Iterator[Advance]:
         """Yields ``advance(n)`` for a loop of ``total`` steps, and shows the time left."""
         if self._bars:
             with self._columns() as bars:
                 task = bars.add_task(description, total=total)
 
-                def advance_bar(count: int = 1) -> None:
-                    bars.advance(task, count)
+                def advance_bar(count: int = 1, note: str = "") -> None:
+                    bars.update(task, advance=count, description=f"{description}: {note}" if note else description)
 
                 yield advance_bar
             return
         lines = _Lines(total, description, self._clock)
 
-        def advance(count: int = 1) -> None:
-            text = lines.advance(count)
+        def advance(count: int = 1, note: str = "") -> None:
+            text = lines.advance(count, note)
             if text:
                 self._line(text)
 
@@ -107,14 +109,15 @@ class _Lines:
         self._start = self._last = clock()
         self._done = 0
 
-    def advance(self, count: int) -> str:
+    def advance(self, count: int, note: str = "") -> str:
         self._done += count
         now = self._clock()
         if now - self._last < _SECONDS_BETWEEN_LINES or self._done >= self._total:
             return ""
         self._last = now
         left = (now - self._start) / self._done * (self._total - self._done) if self._done else 0.0
-        return f"  {self._description}: {self._done} of {self._total}, about {_duration(left)} left"
+        name = f"{self._description} ({note})" if note else self._description
+        return f"  {name}: {self._done} of {self._total}, about {_duration(left)} left"
 
 
 def _duration(seconds: float) -> str:

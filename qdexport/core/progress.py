@@ -6,10 +6,16 @@ import contextlib
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
-__all__ = ["ProgressSink", "SilentProgress"]
+__all__ = ["Advance", "ProgressSink", "SilentProgress"]
+
+
+class Advance(Protocol):
+    """Says that ``count`` more steps of a loop are done; ``note`` names the last one where that helps."""
+
+    def __call__(self, count: int, note: str = "") -> None: ...
 
 
 class ProgressSink(Protocol):
@@ -18,8 +24,8 @@ class ProgressSink(Protocol):
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Marks the block as one stage of the pipeline."""
 
-    def track(self, total: int, description: str) -> AbstractContextManager[Callable[[int], None]]:
-        """Yields ``advance(n)``, to be called when ``n`` more of ``total`` steps are done."""
+    def track(self, total: int, description: str) -> AbstractContextManager[Advance]:
+        """Yields ``advance(n)``, to be called when ``n`` more of ``total`` steps are done; it may name the last one."""
 
 
 class SilentProgress:
@@ -32,11 +38,11 @@ class SilentProgress:
         yield
 
     @contextlib.contextmanager
-    def track(self, total: int, description: str) -> Iterator[Callable[[int], None]]:
+    def track(self, total: int, description: str) -> Iterator[Advance]:
         """Yields an ``advance`` that does nothing."""
         del total, description
         yield _ignore
 
 
-def _ignore(count: int) -> None:
-    del count
+def _ignore(count: int, note: str = "") -> None:
+    del count, note

@@ -70,21 +70,19 @@ def load_model(
     if not (folder / "model_index.json").is_file():
         denoiser, stored = _load_denoiser(folder, variant, dtype)
         loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component="unet")
-        return replace(loaded, stored_dtype=stored)
+        return replace(loaded, stored_dtype=stored, variant=variant)
     index = read_json(folder / "model_index.json")
     component = _denoiser_component(folder, index)
     if not (folder / component).is_dir():
         raise ModelError(_missing_component(folder, component))
     find_weights(folder / component, variant)  # a wrong variant is wrong here first: the others may lack it
-    others = [
-        (part, entry) for part, entry in index.items() if _is_component(part, entry) and part != component
-    ]
+    others = [(part, entry) for part, entry in index.items() if _is_component(part, entry) and part != component]
     weights = [_check_component(folder / part, entry, variant) for part, entry in others]
     denoiser, stored = _load_denoiser(folder / component, variant, dtype)
     pickled = any(files is not None and files.pickled for files in weights)
     pipeline = _load_pipeline(folder, index, {component: denoiser}, variant=variant, pickled=pickled)
     loaded = _loaded(name=name, folder=folder, pipeline=pipeline, denoiser=denoiser, component=component)
-    return replace(loaded, stored_dtype=stored)
+    return replace(loaded, stored_dtype=stored, variant=variant)
 
 
 def loaded_from_denoiser(denoiser: nn.Module, *, name: str) -> LoadedModel:
@@ -160,9 +158,7 @@ def _denoiser_component(folder: Path, index: dict[str, Any]) -> str:
 
 
 def _missing_component(folder: Path, part: str) -> str:
-    return (
-        f"{folder / 'model_index.json'} lists the component {part!r}, but there is no folder {folder / part}"
-    )
+    return f"{folder / 'model_index.json'} lists the component {part!r}, but there is no folder {folder / part}"
 
 
 def _check_component(folder: Path, entry: list[str], variant: str | None) -> WeightFiles | None:
@@ -191,18 +187,14 @@ def _load_denoiser(
     """The denoiser, and the type of its weights on disk (None when only a conversion makes it usable)."""
     config = read_json(folder / "config.json")
     if "_class_name" not in config:
-        raise ModelError(
-            f"{folder / 'config.json'} names no diffusers class; give the folder of a UNet or a pipeline"
-        )
+        raise ModelError(f"{folder / 'config.json'} names no diffusers class; give the folder of a UNet or a pipeline")
     try:
         cls = denoiser_class(str(config["_class_name"]))
         check_denoiser(config)
     except ModelError as error:
         raise ModelError(f"{folder / 'config.json'}: {error}") from None
     if config.get("quantization_config") is not None:
-        raise ModelError(
-            f"{folder} is quantized already (quantization_config); start from the original weights"
-        )
+        raise ModelError(f"{folder} is quantized already (quantization_config); start from the original weights")
     weights = find_weights(folder, variant)
     check_weights(weights)
     stored = stored_dtype(weights, strict=dtype is None)
@@ -221,15 +213,11 @@ def _load_denoiser(
         raise ModelError(f"diffusers cannot load {folder}: {error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ModelError(
-            f"{weights.files[0]} lacks {len(missing)} weights of the config, for instance {missing[0]!r}"
-        )
+        raise ModelError(f"{weights.files[0]} lacks {len(missing)} weights of the config, for instance {missing[0]!r}")
     if info["unexpected_keys"]:
         extra = sorted(info["unexpected_keys"])
         logger.warning("%s: %d tensors have no place in the model, e.g. %s", folder, len(extra), extra[0])
-    return cast("nn.Module", denoiser).eval(), cast(
-        "WeightsDtype | None", stored if stored in _DTYPES else None
-    )
+    return cast("nn.Module", denoiser).eval(), cast("WeightsDtype | None", stored if stored in _DTYPES else None)
 
 
 def _load_pipeline(

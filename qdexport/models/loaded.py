@@ -49,6 +49,7 @@ class LoadedModel:
         defaults: How the model is usually sampled.
         stored_dtype: Type of the weights in their file, before any conversion; None for a denoiser made in
             memory.
+        variant: Which weight files were asked for (`fp16`), or None.
     """
 
     name: str
@@ -61,3 +62,4 @@ class LoadedModel:
     evaluator: Path | None
     defaults: SamplingDefaults
     stored_dtype: WeightsDtype | None = None
+    variant: str | None = None

@@ -1,0 +1,105 @@
+"""Denoisers in which only some layers are quantized, and of those only the weights or only the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qdexport.core.spec import LayerPlan
+from qdexport.quant.attach import install, parameters_of, shared_copy
+from qdexport.quant.bos import Bos
+from qdexport.quant.modules import QuantSplitConv2d
+from qdexport.quant.ranges import ActivationRanges
+
+__all__ = ["QuantizedParts", "RangeSource", "ScaledRanges", "partly_quantized", "with_bits"]
+
+QuantizedParts = Literal["weight", "activation", "both"]
+
+
+class RangeSource(Protocol):
+    """What gives activation ranges for any widths from the same statistics (``calibrate.Observations``)."""
+
+    def ranges(self, plans: Sequence[LayerPlan]) -> ActivationRanges:
+        """The ranges of the planned quantizers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledRanges:
+    """Ranges that were observed behind channel scales, together with these scales.
+
+    Attributes:
+        observations: ranges for any widths.
+        channel_ratios: what the channels of an input are divided by, by activation group.
+    """
+
+    observations: RangeSource
+    channel_ratios: Mapping[str, Tensor]
+
+    def ranges(self, plans: Sequence[LayerPlan]) -> ActivationRanges:
+        """The ranges of the planned quantizers."""
+        return replace(self.observations.ranges(plans), channel_ratios=dict(self.channel_ratios))
+
+
+class _KeepWeight(nn.Module):
+    """In the place of a weight's quantizer: the weight as it is."""
+
+    def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return weight if dtype is None else weight.to(dtype)
+
+
+def with_bits(plan: LayerPlan, *, weight: int | None = None, activation: int | None = None) -> LayerPlan:
+    """A quantized layer's plan with other widths; None keeps a width. Everything else stays, ranges come anew."""
+    if plan.weight is None or plan.activation is None:
+        return plan
+    return replace(
+        plan,
+        weight=plan.weight if weight is None else plan.weight.model_copy(update={"bits": weight}),
+        activation=plan.activation if activation is None else plan.activation.model_copy(update={"bits": activation}),
+    )
+
+
+def partly_quantized(
+    denoiser: nn.Module,
+    plans: Iterable[LayerPlan],
+    ranges: ActivationRanges,
+    parts: QuantizedParts,
+    training_steps: int,
+) -> nn.Module:
+    """A copy of a floating-point denoiser, over the same weights, in which the planned layers are quantized.
+
+    They are made as in the final model (split shortcuts, first tokens that bypass the quantizers, channel scales,
+    scales of the planned widths); then the quantizers of what stays in floating point are taken out.
+
+    Args:
+        denoiser: in floating point; left as it is.
+        plans: layers to quantize.
+        ranges: of their inputs; with ``parts`` "weight" they are not used, but must be there.
+        parts: what is quantized.
+        training_steps: of the scheduler.
+
+    Raises:
+        ModelError: a range is missing, or a layer cannot be replaced.
+    """
+    chosen = [plan for plan in plans if plan.quantized]
+    copy = shared_copy(denoiser)
+    # the first token is computed from the denoiser's own input here; its embedding matters to compiled graphs only
+    ranges = replace(ranges, softmax={}, bos=ranges.bos or Bos(embedding=torch.zeros(0)))
+    install(copy, chosen, parameters_of(copy, chosen, ranges), training_steps)
+    for plan in chosen:
+        layer = copy.get_submodule(plan.name)
+        if parts == "weight":
+            _take_out(layer, "input_quantizer", nn.Identity)
+        elif parts == "activation":
+            _take_out(layer, "weight_quantizer", _KeepWeight)
+    return copy
+
+
+def _take_out(layer: nn.Module, attribute: str, stand_in: type[nn.Module]) -> None:
+    if isinstance(layer, QuantSplitConv2d):
+        setattr(layer, f"{attribute}s", nn.ModuleList(stand_in() for _ in layer.splits))
+    else:
+        setattr(layer, attribute, stand_in())
