@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qdexport.core.io_spec import IoSpec
 from qdexport.errors import ModelError
@@ -32,6 +32,7 @@ class NetworkFacts(BaseModel):
         time_table: exact timesteps with a row in the time table; None when the time layers are in the graph.
         scale_rows: timesteps of the activation rows; a single static row is an empty list.
         io: inputs and outputs.
+        notes: by module path, what became of a mechanism in this file (where a channel scale went, for instance).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,7 @@ class NetworkFacts(BaseModel):
     time_table: tuple[int, ...] | None
     scale_rows: tuple[int, ...]
     io: IoSpec
+    notes: dict[str, str] = Field(default_factory=dict)
 
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the ONNX file."""

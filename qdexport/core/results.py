@@ -114,6 +114,7 @@ class Coverage(_Record):
     engine: dict[str, str] = Field(default_factory=dict)
     bits: dict[str, list[int]] = Field(default_factory=dict)
     why: dict[str, str] = Field(default_factory=dict)
+    notes: dict[str, str] = Field(default_factory=dict)
     macs_planned_share: float = 0.0
     mismatches: list[str] = Field(default_factory=list)
 

@@ -13,8 +13,10 @@ from qdexport.graph.runner import PassContext, PassReport, run_passes
 from qdexport.models.denoiser_io import io_spec
 from qdexport.passes import default_passes
 from qdexport.quant.attach import training_steps_of
+from qdexport.quant.softmax import SoftmaxQuantizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from qdexport.core.target import Target
@@ -68,8 +70,28 @@ def lower_to_onnx(model: QuantizedModel, folder: Path, target: Target, dump_dir:
         int4=stores_int4_weights(model, target),
     )
     reports = run_passes(captured.model, default_passes(), context, dump_dir)
+    facts = facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
     file = emit(captured.model, folder, target, facts.to_metadata())
     return Lowered(file=file, facts=facts, passes=tuple(reports))
+
+
+def _notes(model: QuantizedModel) -> dict[str, str]:
+    """What layers and attention blocks have beside their widths."""
+    notes = {plan.name: "first token of the text: constant" for plan in model.plans if plan.bos and plan.quantized}
+    for name, module in model.denoiser.named_modules():
+        if isinstance(module, SoftmaxQuantizer):
+            rows, logarithmic = len(module.mode), int(module.mode.sum())
+            kinds = (
+                f"log2 in {logarithmic} of {rows} rows, else uniform"
+                if 0 < logarithmic < rows
+                else ("log2" if logarithmic else "uniform")
+            )
+            notes[name] = f"behind softmax: {module.spec.bits} bits, {kinds}"
+    return notes
+
+
+def _pass_notes(reports: Sequence[PassReport]) -> dict[str, str]:
+    return {name: note for report in reports for name, note in report.notes.items()}
 
 
 def stores_int4_weights(model: QuantizedModel, target: Target) -> bool:

@@ -51,6 +51,7 @@ def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink
     report.body = model.body
     int4 = stores_int4_weights(model, target_named(facts.target))
     report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.root / plan.path) if plan else None, int4=int4)
+    report.coverage.notes = facts.notes
 
     calls = check_calls(model, facts.io, validation.parity_steps, validation.seed)
     with _counted(progress, "parity, layer by layer") as advance:
