@@ -106,6 +106,8 @@ def channel_scales_behind(source: ir.Value, axis: int) -> list[ir.Node] | Blocke
                     return Blocked(f"{use.node.name} does not scale the channels of {value_name(source)} in order")
                 found.append(use.node)
                 continue
+            if use.node.op_type in {"Shape", "Size"}:
+                continue
             step = _through(use.node, use.idx, reached[value])
             if isinstance(step, Blocked):
                 return step

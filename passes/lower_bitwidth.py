@@ -47,6 +47,7 @@ class LowerBitwidth:
     runs_after: ClassVar[tuple[str, ...]] = (
         "share-quantizers",
         "fold-adapters",
+        "lower-log2",
         "lower-zero-point",
         "lower-timestep-scale",
     )

@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
 from qdexport.core.carrier import carrier_offset
 from qdexport.errors import GraphPassError
-from qdexport.graph.edit import NodeWriter, remove_unused
-from qdexport.graph.query import const_of, input_of, int_attr, is_fake_quantize, module_of, shape_of
+from qdexport.graph.edit import remove_unused
+from qdexport.graph.query import const_of, input_of, int_attr, is_fake_quantize, module_of
+from qdexport.passes.step_table import fit_rank, look_up
 from qdexport.passes.unit_scale import UnitScale, rewrite_unit_scale
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import onnx_ir as ir
 
     from qdexport.graph.runner import PassContext, PassReport
 
@@ -56,7 +58,13 @@ class LowerTimestepScale:
 
     name: ClassVar[str] = "lower-timestep-scale"
     exact: ClassVar[bool] = True
-    runs_after: ClassVar[tuple[str, ...]] = ("share-quantizers", "fold-adapters", "lower-zero-point")
+    runs_after: ClassVar[tuple[str, ...]] = (
+        "share-quantizers",
+        "fold-adapters",
+        "fold-reparam",
+        "lower-log2",
+        "lower-zero-point",
+    )
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         by_row: dict[ir.Value, list[ir.Node]] = {}
@@ -73,16 +81,9 @@ class LowerTimestepScale:
 def _lower_all(row: ir.Value, nodes: Sequence[ir.Node]) -> None:
     columns = [_columns(node) for node in nodes]
     arrays = [array for column in columns for array in column.arrays()]
-    table = np.stack(arrays, axis=1).astype(np.float32)
-    writer = NodeWriter(nodes[0], _MODULE)
-    count = shape_of(row)[0]
-    gathered = writer.op(
-        "Gather", [writer.constant("rows", table), row], dtype=ir.DataType.FLOAT, shape=[count, table.shape[1]]
-    )
-    sizes = writer.constant("widths", np.ones(table.shape[1], np.int64))
-    parts = iter(writer.many("Split", [gathered, sizes], {"axis": 1}, [[count, 1]] * table.shape[1]))
+    parts = iter(look_up(nodes[0], _MODULE, row, arrays))
     for node, column in zip(nodes, columns, strict=True):
-        values = [_fit_rank(node, next(parts)) for _ in column.arrays()]
+        values = [fit_rank(node, next(parts), _MODULE) for _ in column.arrays()]
         rewrite_unit_scale(
             node,
             UnitScale(
@@ -103,14 +104,3 @@ def _columns(node: ir.Node) -> _Columns:
         )
     offset = carrier_offset(int_attr(node, "qmin"), int_attr(node, "qmax"), zero_point)
     return _Columns(scale=scale, zero_point=zero_point, offset=offset)
-
-
-def _fit_rank(node: ir.Node, part: ir.Value) -> ir.Value:
-    """``[1, 1]`` broadcasts as it is; ``[N, 1]``, one row per sample, needs the rank of the quantized tensor."""
-    rank = len(shape_of(input_of(node, 0)))
-    count = shape_of(part)[0]
-    if count == 1 or rank <= 2:
-        return part
-    writer = NodeWriter(node, _MODULE)
-    target = writer.constant("per_sample", np.array([-1] + [1] * (rank - 1), np.int64))
-    return writer.op("Reshape", [part, target], dtype=part.dtype, shape=[count] + [1] * (rank - 1))

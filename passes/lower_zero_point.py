@@ -33,7 +33,7 @@ class LowerZeroPoint:
 
     name: ClassVar[str] = "lower-zero-point"
     exact: ClassVar[bool] = True
-    runs_after: ClassVar[tuple[str, ...]] = ("share-quantizers", "fold-adapters")
+    runs_after: ClassVar[tuple[str, ...]] = ("share-quantizers", "fold-adapters", "fold-reparam", "lower-log2")
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         for node in list(model.graph):
