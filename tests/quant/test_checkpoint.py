@@ -126,7 +126,7 @@ def test_documented_tensors(checkpoint: Path) -> None:
     assert tensors["conv_in.input_zero_point"].tolist() == [0]
     with safe_open(checkpoint / QUANTIZATION_FILE, framework="pt") as file:
         facts = json.loads(file.metadata()["qdexport.quantization"])
-    assert facts["version"] == 1
+    assert facts["version"] == 2
     assert facts["body"] == "fp32"
     assert facts["weights_in"] is None
     assert facts["plans"][0]["name"] == "conv_in"
@@ -207,7 +207,7 @@ def _other_layer(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
         (_short_codes, r"conv_in\.weight_codes does not fit its layer: int8 \[4, 3, 3, 3\], expected"),
         (_torn_group, "have different input scales"),
         (_foreign, "was not written by qdexport"),
-        (_newer, "has format 99, this qdexport reads 1"),
+        (_newer, "has format 99, this qdexport reads 2"),
         (_no_plans, "has wrong metadata"),
         (_no_json, "has wrong metadata"),
         (_other_layer, r"has no tensor conv_up\.|has no layer conv_up"),
