@@ -17,6 +17,7 @@ __all__ = [
     "fake_quantize_reference",
     "log2_codes",
     "log2_fake_quantize",
+    "log2_inside",
     "parameters_from_range",
     "quantize_codes",
 ]
@@ -24,7 +25,8 @@ __all__ = [
 # A channel that is all zero has no range; any positive scale codes it exactly.
 # One such channel must not touch the others.
 _UNIT_RANGE = 1.0
-_SQRT_HALF = torch.tensor(0.5).sqrt()  # FP32: the bound between two codes of the logarithmic quantizer
+# of FP32: the bound between two codes of the logarithmic quantizer; a number, since tracing has no place for a tensor
+_SQRT_HALF = float(torch.tensor(0.5).sqrt())
 
 
 def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -103,3 +105,9 @@ def log2_fake_quantize(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
     """
     codes = log2_codes(x, scale, qmax)
     return torch.where(codes < min(qmax, LOG2_ZERO), scale * torch.exp2(-codes), 0.0).to(x.dtype)
+
+
+def log2_inside(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """Where :func:`log2_fake_quantize` follows ``x``: neither 0, nor clipped at code 0."""
+    clipped = x.float() / scale >= 2 * _SQRT_HALF
+    return (log2_codes(x, scale, qmax) < min(qmax, LOG2_ZERO)) & ~clipped

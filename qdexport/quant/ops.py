@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdexport.quant.affine import fake_quantize_reference, log2_codes, log2_fake_quantize
+from qdexport.quant.affine import fake_quantize_reference, log2_fake_quantize, log2_inside
 
 __all__ = ["NO_AXIS", "fake_quantize"]
 
@@ -107,7 +107,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if mode is not None:
         # a logarithmic row: d(s 2^-q)/dx = y / x, which is 1 up to the rounding; s cancels out of s 2^log2(x / s)
         logarithmic = _logarithmic(x, mode, row)
-        inside = torch.where(logarithmic, log2_codes(x, s, qmax) < qmax, inside)
+        inside = torch.where(logarithmic, log2_inside(x, s, qmax), inside)
         wide_affine = torch.where(logarithmic, 0, wide)
     grad_x = torch.where(inside, wide, 0).to(x.dtype)
     grad_scale = grad_zero = None
