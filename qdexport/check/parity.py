@@ -31,12 +31,13 @@ from qdexport.core.results import LayerParity
 from qdexport.core.spec import LayerPlan
 from qdexport.emit.inspect import load_onnx
 from qdexport.errors import ParityError
-from qdexport.graph.probe import build_probe, find_probes, weight_codes
+from qdexport.graph.probe import Probe, build_probe, find_probes, find_softmax_probes, weight_codes
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.affine import quantize_codes
 from qdexport.quant.attach import QuantizedModel
 from qdexport.quant.modules import ActivationQuantizer, WeightQuantizer, quantizer_pairs
 from qdexport.quant.ops import NO_AXIS
+from qdexport.quant.softmax import SoftmaxQuantizer
 
 __all__ = ["end_to_end", "layer_parity"]
 
@@ -74,11 +75,12 @@ def layer_parity(
         ModelError: there is no such ONNX file.
     """
     plans = [plan for plan in model.plans if plan.quantized]
-    comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts])
+    softmax = [name for name, module in model.denoiser.named_modules() if isinstance(module, SoftmaxQuantizer)]
+    comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts], softmax)
     for done, call in enumerate(calls):
         inputs = fit_inputs(call.inputs, io)
         comparison.start({name: tensor.numpy() for name, tensor in inputs.items()})
-        with _tapped(model, plans, comparison):
+        with _tapped(model, plans, comparison), _tapped_softmax(model, softmax, comparison):
             exact_call(model.denoiser, inputs)
         comparison.finish()
         if on_progress is not None:
@@ -136,11 +138,13 @@ class _Chunk:
 class _Comparison:
     """Takes tensors of layers from PyTorch, runs the same layers in ONNX Runtime, and keeps the worst."""
 
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, names: Sequence[str], softmax: Sequence[str] = ()) -> None:
         self._model = load_onnx(path)
         self._folder = path.parent
-        self._probes = find_probes(self._model, names)
+        self._layers = find_probes(self._model, names)
+        self._probes: dict[str, Probe] = {**self._layers, **find_softmax_probes(self._model, softmax)}
         self._worst = {name: _Worst() for name in names}
+        self._worst |= {name: _Worst(weight=0.0) for name in softmax}  # no weight to compare
         self._inputs: Feed = {}
         self._chunk = _Chunk()
 
@@ -157,7 +161,7 @@ class _Comparison:
         axis = 0 if quantizer.scale.dim() == 2 else NO_AXIS
         scale, zero = (_along(table[0], axis, weight.dim()) for table in (quantizer.scale, quantizer.zero_point))
         codes = quantize_codes(weight, scale, zero, quantizer.spec.qmin, quantizer.spec.qmax) - zero
-        stored = weight_codes(self._probes[name])
+        stored = weight_codes(self._layers[name])
         worst.weight = flip_rate(codes.to(torch.int16).numpy(), stored.astype(np.int16))
         if stored.shape != tuple(codes.shape):
             logger.warning(
@@ -170,6 +174,15 @@ class _Comparison:
 
     def layer(self, name: str, quantizer: ActivationQuantizer, x: Tensor, y: Tensor) -> None:
         """Takes one layer's input and output."""
+        self._take(name, x, _codes(quantizer, x, self._layers[name].pads), y)
+
+    def softmax(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Takes the input and output of a quantizer behind softmax; its values stand for its codes."""
+        dtype = self._probes[name].y.dtype
+        values = y.numpy(force=True)
+        self._take(name, x, values if dtype is None else values.astype(dtype.numpy()), y)
+
+    def _take(self, name: str, x: Tensor, codes: np.ndarray, y: Tensor) -> None:
         worst = self._worst[name]
         worst.calls += 1
         if worst.sqnr_db == WORST_DB:
@@ -180,7 +193,7 @@ class _Comparison:
         chunk = self._chunk
         chunk.names.append(name)
         chunk.feed[probe.x_name] = array if dtype is None else array.astype(dtype.numpy(), copy=False)
-        chunk.expected[probe.codes_name] = _codes(quantizer, x, probe.pads)
+        chunk.expected[probe.codes_name] = codes
         chunk.expected[probe.y_name] = y.numpy(force=True).copy()
         chunk.bytes += 2 * array.nbytes + 2 * y.nbytes
         if chunk.bytes > _CHUNK_BYTES:
@@ -242,6 +255,27 @@ def _tapped(model: QuantizedModel, plans: Sequence[LayerPlan], comparison: _Comp
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def _tapped_softmax(model: QuantizedModel, names: Sequence[str], comparison: _Comparison) -> Iterator[None]:
+    """Hands what the quantizers behind softmax read and give to the comparison while the denoiser runs."""
+    hooks = []
+    for name in names:
+        quantizer = model.denoiser.get_submodule(name)
+        if model.body == "fp16":
+            hooks.append(quantizer.register_forward_pre_hook(_round_input))
+        hooks.append(quantizer.register_forward_hook(partial(_take_softmax, comparison, name)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take_softmax(comparison: _Comparison, name: str, module: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+    del module
+    comparison.softmax(name, args[0], y)
 
 
 def _round_input(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -21,7 +21,7 @@ from qdexport.graph.query import COMPUTE_OPS, const_or_none, int_attr, ints_attr
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["LayerProbe", "build_probe", "find_probes", "weight_codes"]
+__all__ = ["LayerProbe", "Probe", "build_probe", "find_probes", "find_softmax_probes", "weight_codes"]
 
 # what may stand between the integer codes of a weight and the layer
 _PASSIVE = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -29,28 +29,20 @@ _INPUT_QUANTIZER = re.compile(r".*\.input_quantizers?(\.\d+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerProbe:
-    """Where one quantized layer lies in a graph.
+class Probe:
+    """A stretch of a graph that can be fed and read on its own.
 
     Attributes:
-        name: the layer's torch path, or ``path#i`` for a part of a split layer.
-        node: its convolution or product.
+        name: torch path; ``path#i`` for a part of a split layer.
         x: the tensor that its quantizer reads.
-        codes: the output of its QuantizeLinear.
-        y: the layer's output before the next quantizer.
-        pads: ONNX padding of ``x`` (all axes, begins and then ends) before the codes; empty without padding.
-        weight: the integer initializer of its weight.
-        weight_transposed: whether that is ``[K, N]``, torch's weight transposed.
+        codes: what tells whether the quantizer decided alike.
+        y: its output before the next quantizer.
     """
 
     name: str
-    node: ir.Node
     x: ir.Value
     codes: ir.Value
     y: ir.Value
-    pads: tuple[int, ...]
-    weight: ir.Value
-    weight_transposed: bool
 
     @property
     def x_name(self) -> str:
@@ -66,6 +58,54 @@ class LayerProbe:
     def y_name(self) -> str:
         """The probe's second output."""
         return f"{self.name}/y"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProbe(Probe):
+    """Where one quantized layer lies in a graph; ``codes`` is the output of its QuantizeLinear.
+
+    Attributes:
+        node: its convolution or product.
+        pads: ONNX padding of ``x`` (all axes, begins and then ends) before the codes; empty without padding.
+        weight: the integer initializer of its weight.
+        weight_transposed: whether that is ``[K, N]``, torch's weight transposed.
+    """
+
+    node: ir.Node
+    pads: tuple[int, ...]
+    weight: ir.Value
+    weight_transposed: bool
+
+
+def find_softmax_probes(model: ir.Model, names: Iterable[str]) -> dict[str, Probe]:
+    """Finds the quantizers behind softmax by the module in their nodes' names; their values stand for their codes.
+
+    Args:
+        model: an emitted graph; nothing in it is changed.
+        names: paths of the quantizers.
+
+    Raises:
+        ParityError: a quantizer has no nodes, or none that reads attention probabilities.
+    """
+    by_module: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        by_module.setdefault(_module(node), []).append(node)
+    return {name: _softmax_probe(name, by_module.get(name, [])) for name in names}
+
+
+def _softmax_probe(name: str, nodes: Sequence[ir.Node]) -> Probe:
+    block = name.rpartition(".")[0]
+    inside = set(nodes)
+    reads = [value for node in nodes for value in node.inputs if value is not None]
+    x = [v for v in reads if (maker := v.producer()) is not None and maker not in inside and _module(maker) == block]
+    made = [value for node in nodes for value in node.outputs]
+    y = [value for value in made if any(use.node not in inside for use in value.uses())]
+    if len(set(x)) != 1 or len(y) != 1:
+        raise ParityError(
+            f"the ONNX file has no quantizer {name} between a softmax and one product, but one was planned; export "
+            "the model again"
+        )
+    return Probe(name=name, x=x[0], codes=y[0], y=y[0])
 
 
 def find_probes(model: ir.Model, names: Iterable[str]) -> dict[str, LayerProbe]:
@@ -103,7 +143,7 @@ def weight_codes(probe: LayerProbe) -> np.ndarray:
     return codes.T if probe.weight_transposed else codes
 
 
-def build_probe(model: ir.Model, probes: Sequence[LayerProbe]) -> ir.Model:
+def build_probe(model: ir.Model, probes: Sequence[Probe]) -> ir.Model:
     """A model of the given layers alone, each with an input and outputs of its own.
 
     Args:
@@ -215,7 +255,7 @@ class _Cut:
         self.initializers: list[ir.Value] = []
         self._shared: dict[ir.Value, ir.Value] = {}
 
-    def layer(self, probe: LayerProbe) -> tuple[ir.Value, ir.Value]:
+    def layer(self, probe: Probe) -> tuple[ir.Value, ir.Value]:
         """Copies one layer; returns its two outputs."""
         if probe.x.dtype is None:
             raise ParityError(
@@ -223,6 +263,11 @@ class _Cut:
             )
         own = {probe.x: self._input(probe.x, probe.x_name)}
         codes, y = (self._copy(value, own, probe.name) for value in (probe.codes, probe.y))
+        if codes is y:  # one value under two names
+            same = ir.node("Identity", [y], name=f"{probe.name}/codes")
+            self.nodes.append(same)
+            codes = same.outputs[0]
+            codes.shape, codes.type = y.shape, y.type
         codes.name, y.name = probe.codes_name, probe.y_name
         return codes, y
 

@@ -21,7 +21,7 @@ from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import OnProgress, SampleRequest, prompts_for, sample, schedule
 from qdexport.quant.channel_scale import ChannelObserver
 from qdexport.quant.modules import ChannelScale
-from qdexport.quant.observers import MseObserver, NonFiniteError, RangeObserver, make_observer
+from qdexport.quant.observers import HistogramObserver, NonFiniteError, RangeObserver, make_observer
 from qdexport.quant.plan import activation_keys
 from qdexport.quant.ranges import ActivationRanges
 from qdexport.quant.resume import CalibrationState, weights_sha256
@@ -44,7 +44,7 @@ class Observations:
 
     inputs: Mapping[str, RangeObserver]
     channels: Mapping[str, ChannelObserver]
-    softmax: Mapping[str, MseObserver]
+    softmax: Mapping[str, HistogramObserver]
     timesteps: tuple[int, ...]
     group_of_step: tuple[int, ...] = ()
 
@@ -65,7 +65,7 @@ class Observations:
         for name, observer in self.softmax.items():
             rows = range(len(observer.low))
             values = softmax_parameters(
-                [observer.sample(row) for row in rows], [float(observer.high[row]) for row in rows], settings
+                [observer.histogram(row) for row in rows], [float(observer.high[row]) for row in rows], settings
             )
             if len(values.scale) > 1:
                 values = replace(values, scale=self._per_step(values.scale), mode=self._per_step(values.mode))
@@ -80,7 +80,7 @@ class Observations:
             softmax={
                 name: joined
                 for name, observer in self.softmax.items()
-                if isinstance(joined := observer.merged(group_of_step), MseObserver)
+                if isinstance(joined := observer.merged(group_of_step), HistogramObserver)
             },
             group_of_step=group_of_step,
         )
@@ -135,7 +135,7 @@ def observe(
     timesteps = schedule_timesteps(loaded, recipe.calibration)
     rows = 1 if recipe.activation_rows == "static" else len(timesteps)
     specs = {key: plan.activation for plan in plans for key in activation_keys(plan) if plan.activation is not None}
-    inputs = {key: make_observer(spec.observer, rows, name=key, seed=request.seed) for key, spec in specs.items()}
+    inputs = {key: make_observer(spec.observer, rows) for key, spec in specs.items()}
     channels = {}
     if channel_ratios is None:
         scaled = {plan.group: plan for plan in plans if plan.channel_scale and plan.quantized}
@@ -143,7 +143,7 @@ def observe(
             group: ChannelObserver(len(timesteps), 1 if plan.kind == "conv" else -1) for group, plan in scaled.items()
         }
     blocks = attention_names(loaded.denoiser, recipe.softmax)
-    softmax = {name: MseObserver(rows, name, request.seed) for name in blocks}
+    softmax = {name: HistogramObserver(rows) for name in blocks}
     everything: dict[str, RangeObserver] = {
         **inputs,
         **{f"channels:{group}": observer for group, observer in channels.items()},

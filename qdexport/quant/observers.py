@@ -8,19 +8,17 @@ was saved.
 from __future__ import annotations
 
 import copy
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qdexport.core.spec import ObserverSpec, QuantSpec
-from qdexport.quant.search import activation_range_of_least_error
+from qdexport.quant.search import Histogram, histogram_range_of_least_error
 
-__all__ = ["MseObserver", "NonFiniteError", "RangeObserver", "make_observer"]
+__all__ = ["HistogramObserver", "NonFiniteError", "RangeObserver", "make_observer"]
 
 
 class NonFiniteError(ValueError):
@@ -146,20 +144,18 @@ class EmaMinMaxObserver(RangeObserver):
         return super().state() | {"average_low": self.average_low, "average_high": self.average_high}
 
 
-class PercentileObserver(RangeObserver):
-    """The range that keeps a share of all values, half of the rest beyond either end.
+class HistogramObserver(RangeObserver):
+    """Counts all values in fixed bins.
 
-    Values are counted in fixed bins of equal relative width (32 per octave, from 2^-24 to 2^24, for either
-    sign), read off the bits of FP32. Histograms of any two runs add up exactly; an end is off by at most one
-    bin, 1/32 of its size.
+    The bins have equal relative width (32 per octave, from 2^-24 to 2^24, for either sign), read off the bits of FP32,
+    so that histograms of any two runs, or of any two rows, add up exactly, and nothing depends on chance.
     """
 
     _MANTISSA_BITS = 5
     _LOWEST_EXPONENT, _HIGHEST_EXPONENT = -24, 24
 
-    def __init__(self, rows: int, percentile: float) -> None:
+    def __init__(self, rows: int) -> None:
         super().__init__(rows)
-        self.percentile = percentile
         self._shift = 23 - self._MANTISSA_BITS
         self._base = (127 + self._LOWEST_EXPONENT) << self._MANTISSA_BITS
         self._bins = (self._HIGHEST_EXPONENT - self._LOWEST_EXPONENT) << self._MANTISSA_BITS
@@ -177,6 +173,30 @@ class PercentileObserver(RangeObserver):
         self.counts[row] += torch.bincount(index, minlength=self.counts.shape[1]).cpu()
 
     def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return self.low.clone(), self.high.clone()
+
+    def histogram(self, row: int) -> Histogram:
+        """What was counted in a row."""
+        edges = torch.from_numpy(self._edges)
+        used = torch.nonzero(self.counts[row]).flatten()
+        return Histogram(
+            middle=((edges[:-1] + edges[1:]) / 2)[used],
+            width=edges.diff()[used],
+            count=self.counts[row][used].double(),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"counts": self.counts}
+
+
+class PercentileObserver(HistogramObserver):
+    """The range that keeps a share of all values, half of the rest beyond either end; off by at most one bin."""
+
+    def __init__(self, rows: int, percentile: float) -> None:
+        super().__init__(rows)
+        self.percentile = percentile
+
+    def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         tail = (1 - self.percentile / 100) / 2
         low, high = self.low.clone(), self.high.clone()
         for row in range(self.counts.shape[0]):
@@ -188,78 +208,28 @@ class PercentileObserver(RangeObserver):
             low[row], high[row] = np.clip(ends, smallest, largest)
         return low, high
 
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"counts": self.counts}
 
+class MseObserver(HistogramObserver):
+    """The range of least quantization error, over all values.
 
-class MseObserver(RangeObserver):
-    """The range of least quantization error on a bounded uniform sample of all values (reservoir sampling).
-
-    Each tensor offers the same number of random values; the random numbers depend only on the seed, the name,
-    the row and how many tensors the row has seen, so a resumed run draws what an uninterrupted one would.
+    A sample does not do: with a row per step, rows searched on some thousand values clip tails that the sample missed,
+    and were worse than one static row (docs/quality.md).
     """
-
-    _VALUES_PER_TENSOR = 2048
-    _STATIC_CAPACITY, _ROW_CAPACITY = 32768, 4096
-
-    def __init__(self, rows: int, name: str, seed: int) -> None:
-        super().__init__(rows)
-        capacity = self._STATIC_CAPACITY if rows == 1 else self._ROW_CAPACITY
-        self.values = torch.zeros((rows, capacity), dtype=torch.float32)
-        self.tensors = torch.zeros(rows, dtype=torch.int64)
-        self.offered = torch.zeros(rows, dtype=torch.int64)
-        self._seed = (seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-
-    def _record(self, row: int, x: Tensor, low: float, high: float) -> None:
-        super()._record(row, x, low, high)
-        generator = np.random.default_rng([*self._seed, row, int(self.tensors[row])])
-        chosen = torch.from_numpy(generator.integers(x.numel(), size=self._VALUES_PER_TENSOR))
-        values = x.reshape(-1)[chosen.to(x.device)].float().cpu().numpy()
-        self._offer(row, values, generator)
-        self.tensors[row] += 1
-
-    def _offer(self, row: int, values: NDArray[np.float32], generator: np.random.Generator) -> None:
-        reservoir = self.values[row].numpy()  # shares memory
-        number = int(self.offered[row]) + np.arange(len(values))
-        slot = np.where(number < len(reservoir), number, generator.integers(number + 1))
-        kept = slot < len(reservoir)
-        reservoir[slot[kept]] = values[kept]
-        self.offered[row] += len(values)
 
     def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         low, high = self.low.clone(), self.high.clone()
         for row in range(low.shape[0]):
-            low[row], high[row] = activation_range_of_least_error(
-                self.sample(row), float(low[row]), float(high[row]), spec
-            )
+            ends = float(low[row]), float(high[row])
+            low[row], high[row] = histogram_range_of_least_error(self.histogram(row), *ends, spec)
         return low, high
 
-    def sample(self, row: int) -> Tensor:
-        """The values kept of a row, FP32 ``[n]``."""
-        return self.values[row, : int(self.offered[row])]  # offered may exceed what is kept
 
-    def merged(self, group_of_row: Sequence[int]) -> RangeObserver:
-        joined = super().merged(group_of_row)
-        if isinstance(joined, MseObserver):
-            # every row offered as many values, so samples side by side are a sample of the group
-            groups = [[r for r, g in enumerate(group_of_row) if g == group] for group in range(max(group_of_row) + 1)]
-            samples = [torch.cat([self.sample(row) for row in rows]) for rows in groups]
-            joined.values = torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
-            joined.offered = torch.tensor([len(sample) for sample in samples])
-        return joined
-
-    def state(self) -> dict[str, Tensor]:
-        return super().state() | {"values": self.values, "tensors": self.tensors, "offered": self.offered}
-
-
-def make_observer(spec: ObserverSpec, rows: int, *, name: str, seed: int) -> RangeObserver:
+def make_observer(spec: ObserverSpec, rows: int) -> RangeObserver:
     """Makes the observer that a recipe asks for.
 
     Args:
         spec: kind and parameters.
         rows: rows of the step table.
-        name: of the observed tensor; with ``seed`` it fixes which values are sampled.
-        seed: of the calibration.
     """
     match spec.kind:
         case "minmax":
@@ -269,4 +239,4 @@ def make_observer(spec: ObserverSpec, rows: int, *, name: str, seed: int) -> Ran
         case "percentile":
             return PercentileObserver(rows, spec.percentile)
         case "mse":
-            return MseObserver(rows, name, seed)
+            return MseObserver(rows)

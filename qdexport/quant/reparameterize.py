@@ -158,7 +158,8 @@ class _Trial:
             weight = scale.weight(layer.get_parameter("weight"))
             self._kernels[limit] = [weight_scale(part, spec) for part in self._parts(weight)]
         weights = [WeightQuantizer(spec, found) for found in self._kernels[limit]]
-        y: Tensor = _wrap(layer, self.plan, inputs, weights, scale)(x)
+        # not called: a twin shares its layer's hooks, this one among them
+        y: Tensor = _wrap(layer, self.plan, inputs, weights, scale).forward(x)
         return y
 
     def _parts(self, tensor: Tensor) -> tuple[Tensor, ...]:

@@ -9,6 +9,8 @@ ratios are resolved with far fewer evaluations.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,10 +18,12 @@ from torch import Tensor
 from qdexport.core.spec import Granularity, ObserverSpec, QuantSpec
 from qdexport.quant.affine import parameters_from_range
 
-__all__ = ["activation_range_of_least_error", "weight_range"]
+__all__ = ["Histogram", "activation_range_of_least_error", "histogram_range_of_least_error", "weight_range"]
 
 _SMALLEST_RATIO = 0.2
 _REFINEMENTS = 9  # ratios of the fine stage: the coarse best, and four on either side
+
+_NARROW_BIN = 0.25  # of the scale: the error at the middle stands for a whole bin
 
 # values of a weight searched at once: what stays in a core's cache is done in a third of the time
 _BLOCK_VALUES = 1 << 17
@@ -64,14 +68,62 @@ def activation_range_of_least_error(values: Tensor, low: float, high: float, spe
     Returns:
         Low and high of the range.
     """
+    return _best_ends(lambda scale, zero: _power_error(values[None], scale, zero, spec).sum(dim=1), low, high, spec)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Histogram:
+    """Counted values: FP64 ``[B]`` each, only bins that hold something.
+
+    Attributes:
+        middle: of every bin; 0 for the one around 0.
+        width: of every bin.
+        count: values in it.
+    """
+
+    middle: Tensor
+    width: Tensor
+    count: Tensor
+
+
+def histogram_range_of_least_error(values: Histogram, low: float, high: float, spec: QuantSpec) -> tuple[float, float]:
+    """The range of least error for all values of an activation, as :func:`activation_range_of_least_error`.
+
+    A bin that is narrow beside the scale is quantized at its middle. One that is not is spread over several codes: the
+    rounding errors of its values are uniform in half a scale either way, ``E |e|^p = (s / 2)^p / (p + 1)``.
+    """
+    middle = values.middle.clamp(min(low, 0.0), max(high, 0.0))
+
+    def error(scale: Tensor, zero_point: Tensor) -> Tensor:
+        s, z = scale.double(), zero_point.double()
+        unclipped = (middle / s).round_().add_(z)
+        codes = unclipped.clamp(spec.qmin, spec.qmax)
+        p = spec.observer.exponent
+        at_middle = codes.sub(z).mul_(s).sub_(middle)
+        exact = at_middle.square_() if p == 2.0 else at_middle.abs_().pow_(p)
+        spread = (unclipped == codes) & (values.width > s * _NARROW_BIN)
+        each = torch.where(spread, (s / 2) ** p / (p + 1), exact)
+        return each @ values.count
+
+    return _best_ends(error, low, high, spec)
+
+
+def _best_ends(
+    error: Callable[[Tensor, Tensor], Tensor], low: float, high: float, spec: QuantSpec
+) -> tuple[float, float]:
+    """Searches from coarse to fine; ``error`` gives one number per candidate for scales and zero points ``[K, 1]``."""
     ends = torch.tensor([min(low, 0.0), max(high, 0.0)], dtype=torch.float64)
+
+    def least(candidates: Tensor) -> Tensor:
+        ranges = candidates * ends
+        scale, zero_point = parameters_from_range(ranges[:, 0], ranges[:, 1], spec)
+        return candidates[int(error(scale[:, None], zero_point[:, None]).argmin())]
+
     span = torch.linspace(1, _SMALLEST_RATIO, _coarse_ratios(spec.observer, spec.symmetric), dtype=torch.float64)
-    coarse = _pairs(span, span, spec.symmetric)
-    best = coarse[_least_error(values, ends, coarse, spec)]
+    best = least(_pairs(span, span, spec.symmetric))
     step = float(span[0] - span[1])
     low_fine, high_fine = _around(float(best[0]), step), _around(float(best[1]), step)
-    fine = torch.cat([best[None], _pairs(low_fine, high_fine, spec.symmetric)])  # the coarse best wins a tie
-    best = fine[_least_error(values, ends, fine, spec)]
+    best = least(torch.cat([best[None], _pairs(low_fine, high_fine, spec.symmetric)]))  # the coarse best wins a tie
     return float(ends[0] * best[0]), float(ends[1] * best[1])
 
 
@@ -90,13 +142,6 @@ def _around(best: float, step: float) -> Tensor:
 def _pairs(low: Tensor, high: Tensor, symmetric: bool) -> Tensor:
     """Candidates ``[K, 2]``: ratios of the low and the high end."""
     return torch.stack([low, low], dim=1) if symmetric else torch.cartesian_prod(low, high)
-
-
-def _least_error(values: Tensor, ends: Tensor, candidates: Tensor, spec: QuantSpec) -> int:
-    ranges = candidates * ends
-    scale, zero_point = parameters_from_range(ranges[:, 0], ranges[:, 1], spec)
-    errors = _power_error(values[None], scale[:, None], zero_point[:, None], spec).sum(dim=1, dtype=torch.float64)
-    return int(errors.argmin())
 
 
 def _best_ratio_per_channel(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:

@@ -17,6 +17,7 @@ from qdexport.core.spec import QuantSpec
 from qdexport.errors import RecipeError
 from qdexport.quant.modules import StepContext, selected_row
 from qdexport.quant.ops import NO_AXIS, fake_quantize
+from qdexport.quant.search import Histogram
 
 __all__ = [
     "ExplicitAttention",
@@ -177,11 +178,11 @@ def install_softmax(denoiser: nn.Module, parameters: Mapping[str, SoftmaxParamet
         block.set_processor(ExplicitAttention())
 
 
-def softmax_parameters(samples: list[Tensor], highs: list[float], settings: SoftmaxQuant) -> SoftmaxParameters:
+def softmax_parameters(seen: list[Histogram], highs: list[float], settings: SoftmaxQuant) -> SoftmaxParameters:
     """Chooses mode and scale for every row.
 
     Args:
-        samples: probabilities per row, FP32 ``[n]``.
+        seen: the probabilities of every row.
         highs: the largest probability per row.
         settings: of the recipe.
 
@@ -189,9 +190,10 @@ def softmax_parameters(samples: list[Tensor], highs: list[float], settings: Soft
         One row when all rows agree.
     """
     modes, scales = [], []
-    for sample, high in zip(samples, highs, strict=True):
-        ratio = likelihood_ratio(sample)
-        logarithmic = settings.mode == "log2" or (settings.mode == "adaptive" and ratio > 0)
+    for values, high in zip(seen, highs, strict=True):
+        logarithmic = settings.mode == "log2" or (
+            settings.mode == "adaptive" and likelihood_ratio(values.middle, values.count) > 0
+        )
         modes.append(float(logarithmic))
         largest = min(max(high, SMALLEST_PROBABILITY), 1.0)
         # log2 reaches from 1 downwards whatever was seen; a uniform step is worth drawing in
@@ -202,7 +204,7 @@ def softmax_parameters(samples: list[Tensor], highs: list[float], settings: Soft
     return SoftmaxParameters(bits=settings.bits, scale=scale, mode=mode)
 
 
-def likelihood_ratio(sample: Tensor) -> float:
+def likelihood_ratio(values: Tensor, counts: Tensor | None = None) -> float:
     """Log-likelihood of a power law less that of an exponential, both fitted by maximum likelihood (Clauset, Shalizi
     and Newman 2009; methods.md 4.1 b).
 
@@ -210,22 +212,25 @@ def likelihood_ratio(sample: Tensor) -> float:
     ``ln p = ln lambda - lambda (x - m)``, over ``x >= m = 2^-15``.
 
     Args:
-        sample: probabilities, any shape.
+        values: probabilities, any shape.
+        counts: how often each occurs; once when None.
 
     Returns:
         Positive where the power law is likelier, which asks for log2; minus infinity where a fit does not exist.
     """
-    x = sample.double().flatten()
-    x = x[x >= SMALLEST_PROBABILITY]
-    if len(x) < 2:
+    x = values.double().flatten()
+    weight = torch.ones_like(x) if counts is None else counts.double().flatten()
+    x, weight = x[values.flatten() >= SMALLEST_PROBABILITY], weight[values.flatten() >= SMALLEST_PROBABILITY]
+    number = float(weight.sum())
+    if number < 2:
         return -torch.inf
     logs = torch.log(x / SMALLEST_PROBABILITY)
-    spread = float(x.mean()) - SMALLEST_PROBABILITY
-    if float(logs.sum()) <= 0 or spread <= 0:
+    sum_of_logs = float(logs @ weight)
+    spread = float(x @ weight) / number - SMALLEST_PROBABILITY
+    if sum_of_logs <= 0 or spread <= 0:
         return -torch.inf
-    alpha = 1 + len(x) / float(logs.sum())
-    power = torch.log(torch.tensor((alpha - 1) / SMALLEST_PROBABILITY, dtype=torch.float64)) - alpha * logs
-    rate = 1 / spread
-    exponential = torch.log(torch.tensor(rate, dtype=torch.float64)) - rate * (x - SMALLEST_PROBABILITY)
-    ratio = float((power - exponential).sum())
+    alpha, rate = 1 + number / sum_of_logs, 1 / spread
+    power = math.log((alpha - 1) / SMALLEST_PROBABILITY) - alpha * logs
+    exponential = math.log(rate) - rate * (x - SMALLEST_PROBABILITY)
+    ratio = float((power - exponential) @ weight)
     return -torch.inf if math.isnan(ratio) else ratio  # a tie stays uniform

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from qdexport.core.spec import ObserverSpec, QuantSpec
+from qdexport.quant.affine import fake_quantize_reference, parameters_from_range
 from qdexport.quant.observers import NonFiniteError, RangeObserver, make_observer
+from qdexport.quant.search import activation_range_of_least_error
 
 A8 = QuantSpec(bits=8)
 KINDS = ("minmax", "ema_minmax", "percentile", "mse")
 
 
-def _make(kind: str, rows: int = 1, seed: int = 0, **parameters: float) -> RangeObserver:
+def _make(kind: str, rows: int = 1, **parameters: float) -> RangeObserver:
     spec = ObserverSpec.model_validate({"kind": kind, **parameters})
-    return make_observer(spec, rows, name="layer", seed=seed)
+    return make_observer(spec, rows)
 
 
 def _values(seed: int, *shape: int) -> Tensor:
@@ -122,17 +124,35 @@ def test_percentile_of_odd_values_stays_inside_minmax(values: list[float]) -> No
     assert observer.low.item() <= low.item() <= high.item() <= observer.high.item()
 
 
-def test_mse_sample_is_bounded_and_spread_over_all_tensors() -> None:
-    observer = _make("mse")
-    for value in range(40):
-        observer.update(0, torch.full((3000,), float(value)))
-    state = observer.state()
-    assert state["values"].shape == (1, 32768)
-    counts = torch.bincount(state["values"][0].long(), minlength=40)
-    # a uniform sample holds 819 of each, standard deviation 28
-    assert counts.min() > 819 - 6 * 28
-    assert counts.max() < 819 + 6 * 28
-    assert observer.high.item() == 39
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mse_range_from_counts_is_as_good_as_one_from_all_values(bits: int, symmetric: bool) -> None:
+    values = torch.nn.functional.silu(3 * _values(bits, 40, 500)) * (1 + 9 * (_values(1, 40, 500) > 3))
+    spec = QuantSpec(bits=bits, symmetric=symmetric, signed=symmetric, observer=ObserverSpec(kind="mse", exponent=2.0))
+    if symmetric:
+        values = values + _values(2, 40, 500)
+    observer = make_observer(spec.observer, 1)
+    for part in values:
+        observer.update(0, part)
+
+    def error(low: float, high: float) -> float:
+        scale, zero = parameters_from_range(torch.tensor([low]), torch.tensor([high]), spec)
+        found = fake_quantize_reference(values, scale, zero, spec.qmin, spec.qmax)
+        return float((found - values).double().square().sum())
+
+    low, high = observer.ranges(spec)
+    best = activation_range_of_least_error(values.flatten(), float(values.min()), float(values.max()), spec)
+    # bins are 3 % of their values wide; 2 % of the error was the most that the search lost to that
+    assert error(low.item(), high.item()) <= 1.04 * error(*best)
+    assert error(low.item(), high.item()) < error(float(values.min()), float(values.max()))
+
+
+def test_a_rare_large_value_is_not_missed() -> None:
+    # one in 20,000: a sample of some thousand values would clip it for free; squared, it outweighs all roundings
+    values = torch.cat([_values(0, 20000) * 0.01, torch.tensor([50.0])])
+    observer = _make("mse", exponent=2.0)
+    observer.update(0, values)
+    assert observer.ranges(QuantSpec(bits=8, observer=ObserverSpec(kind="mse", exponent=2.0)))[1].item() > 49
 
 
 def test_mse_needs_no_full_sample() -> None:
@@ -167,15 +187,6 @@ def test_saved_state_goes_on_to_the_same_bits(kind: str) -> None:
 def test_state_of_another_observer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"low is \[2\], expected \[1\]"):
         _make("minmax").load_state(_make("minmax", rows=2).state())
-
-
-def test_another_seed_samples_other_values() -> None:
-    states = []
-    for seed in (0, 1):
-        observer = _make("mse", seed=seed)
-        observer.update(0, _values(0, 100000))
-        states.append(observer.state()["values"])
-    assert not torch.equal(*states)
 
 
 @pytest.mark.parametrize("kind", KINDS)
