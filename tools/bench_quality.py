@@ -242,7 +242,9 @@ def _show(table: Table) -> None:
         for metric, difference in pair["differences"].items():
             text = _cell(difference, metric, metric_text).replace("\n", " ")
             verdict = "measurable" if difference["measurable"] else "not measurable"
-            console.print(f"{pair['row']} - {pair['against']}: {metric} {text}: {verdict}", highlight=False)
+            ratio = difference["ratio"]
+            times = f", ratio {ratio['value']:.2f} {ratio['low']:.2f}..{ratio['high']:.2f}" if ratio else ""
+            console.print(f"{pair['row']} - {pair['against']}: {metric} {text}{times}: {verdict}", highlight=False)
 
 
 def _console() -> Console:
@@ -293,6 +295,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.exceptions.Abort:
+        click.echo("stopped; finished images are kept, and the next run goes on from them", err=True)
         sys.exit(INTERRUPTED_EXIT_CODE)
     except QdExportError as error:
         click.echo(f"error: {error}", err=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.children import answer
 from benchmarks.quality_store import write_batch, write_facts
-from qdexport.errors import QdExportError
+from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,4 +157,4 @@ if __name__ == "__main__":
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        os._exit(130)
+        sys.exit(INTERRUPTED_EXIT_CODE)

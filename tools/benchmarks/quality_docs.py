@@ -113,7 +113,7 @@ def _comparisons(figures: Mapping[str, Any]) -> str:
         for metric, difference in pair["differences"].items():
             label = f"{first['title']} minus {second['title']}"
             verdict = "yes" if difference["measurable"] else "no"
-            ratio = _ratio(first, second, metric)
+            ratio = _ratio(difference)
             lines.append(
                 [label, _TITLES[metric], f"{difference['images']:,}", _interval(metric, difference), ratio, verdict]
             )
@@ -126,11 +126,9 @@ def _comparisons(figures: Mapping[str, Any]) -> str:
     return text + _table(["", "metric", "images", "difference", "ratio", "measurable"], lines)
 
 
-def _ratio(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> str:
-    ours, theirs = first["scores"].get(metric), second["scores"].get(metric)
-    if metric not in ("mse", "frechet_fp") or ours is None or theirs is None or not theirs["value"]:
-        return ""
-    return f"{ours['value'] / theirs['value']:.2f}"
+def _ratio(difference: Mapping[str, Any]) -> str:
+    ratio = difference["ratio"]
+    return "" if ratio is None else f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 
 def _first_figures(rows: Mapping[str, Any]) -> str:

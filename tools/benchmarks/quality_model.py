@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from qdexport.models.denoiser import input_groups, layer_macs
-from qdexport.models.denoiser_io import io_spec
+from qdexport.core.target import target_named
+from qdexport.models.denoiser import input_groups
 from qdexport.models.load import load_model
-from qdexport.quant.attach import QuantizedModel, quantize_model
-from qdexport.quant.calibrate import calibrate
-from qdexport.quant.plan import macs_share, plan_layers
+from qdexport.pipeline.quantize import QuantizeSettings, make_quantized
+from qdexport.quant.plan import macs_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from qdexport.core.progress import Advance, ProgressSink
+    from qdexport.core.progress import ProgressSink
     from qdexport.core.recipe import Recipe
     from qdexport.core.spec import LayerPlan
+    from qdexport.quant.attach import QuantizedModel
 
 __all__ = ["Widths", "average_widths", "prepare"]
 
+_TARGET = "tensorrt-rtx"  # whose capabilities a bit allocation may count with
 _FP_BITS = 16.0  # what a layer in floating point counts with: the usual type of a deployed network
 
 
@@ -47,25 +47,23 @@ class Widths:
     layers: int
 
 
-def prepare(model_name: str, recipe: Recipe, state_dir: Path | None, progress: ProgressSink) -> QuantizedModel:
+def prepare(
+    model_name: str, recipe: Recipe, state_dir: Path | None, progress: ProgressSink, *, workers: int = 1
+) -> QuantizedModel:
     """Loads a model and quantizes it as a recipe says.
 
     Args:
         model_name: as `load_model` takes it.
         recipe: the whole recipe.
-        state_dir: where an interrupted calibration goes on from.
-        progress: told about the calibration.
+        state_dir: where interrupted calibrations and sensitivities go on from.
+        progress: told about them.
+        workers: processes that measure sensitivities.
 
     Raises:
         QdExportError: the model or the recipe cannot be used.
     """
-    loaded = load_model(model_name)
-    macs = layer_macs(loaded.denoiser, io_spec(loaded, recipe.shapes, "fp32"))
-    plans = plan_layers(loaded.denoiser, recipe, macs)
-    prompts = recipe.calibration.prompts
-    with progress.track(prompts, "calibrating") as advance:
-        ranges = calibrate(loaded, plans, recipe, state_dir=state_dir, on_progress=_prompts_done(prompts, advance))
-    return quantize_model(loaded, plans, recipe, ranges)
+    settings = QuantizeSettings(target=target_named(_TARGET), folder=state_dir, workers=workers)
+    return make_quantized(load_model(model_name), recipe, settings, progress)
 
 
 def average_widths(model: QuantizedModel) -> Widths:
@@ -84,18 +82,6 @@ def average_widths(model: QuantizedModel) -> Widths:
         quantized=sum(plan.quantized for plan in present),
         layers=len(present),
     )
-
-
-def _prompts_done(prompts: int, advance: Advance) -> Callable[[int, int], None]:
-    told = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal told
-        now = prompts * done // total
-        advance(now - told)
-        told = now
-
-    return report
 
 
 def _bits(spec: object) -> float:

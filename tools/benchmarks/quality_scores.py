@@ -28,6 +28,7 @@ __all__ = [
     "frechet",
     "moments",
     "paired_difference",
+    "paired_ratio",
     "read_images",
     "score_images",
 ]
@@ -159,17 +160,36 @@ def estimate(scored: Scored, metric: Metric, images: int | None = None) -> Estim
     return _interval(function, metric, count)
 
 
-def paired_difference(row_a: Scored, row_b: Scored, metric: Metric) -> Estimate | None:
+def paired_difference(row_a: Scored, row_b: Scored, metric: Metric, images: int | None = None) -> Estimate | None:
     """The difference ``a - b`` of a metric between two rows of the same prompts and noise, and its interval.
 
-    Each resample draws the same images of both rows, so what makes prompts hard or easy cancels. Over as many
-    images as both rows have.
+    Each resample draws the same images of both rows, so what makes prompts hard or easy cancels. Over the first
+    `images` images, as far as both rows have them.
     """
-    first, second = _function(row_a, metric), _function(row_b, metric)
-    count = min(len(row_a), len(row_b))
-    if first is None or second is None or count < 2:
+    pair = _both(row_a, row_b, metric, images)
+    if pair is None:
         return None
+    first, second, count = pair
     return _interval(lambda index: first(index) - second(index), metric, count)
+
+
+def paired_ratio(row_a: Scored, row_b: Scored, metric: Metric, images: int | None = None) -> Estimate | None:
+    """The ratio ``a / b`` of a metric, as :func:`paired_difference`; None where ``b`` is 0."""
+    pair = _both(row_a, row_b, metric, images)
+    if pair is None:
+        return None
+    first, second, count = pair
+    if not second(np.arange(count)) > 0:
+        return None
+    return _interval(lambda index: first(index) / second(index), metric, count)
+
+
+def _both(
+    row_a: Scored, row_b: Scored, metric: Metric, images: int | None
+) -> tuple[_Statistic, _Statistic, int] | None:
+    first, second = _function(row_a, metric), _function(row_b, metric)
+    count = min(len(row_a), len(row_b), len(row_a) if images is None else images)
+    return None if first is None or second is None or count < 2 else (first, second, count)
 
 
 _Statistic = Callable[["NDArray[np.int64]"], float]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ class RowStore:
     """
 
     def __init__(self, cache: Path, job: RowJob, *, model: str, source: str, reuse: bool = False) -> None:
-        recipe = None if job.recipe is None else job.recipe.model_dump(mode="json")
+        recipe = None if job.recipe is None else job.recipe.model_dump(mode="json", exclude_defaults=True)
         files = [] if job.recipe is None else [job.recipe.bit_plan, job.recipe.calibration.prompts_file]
         read = [file_sha256(Path(path)) for path in files if path is not None and Path(path).is_file()]
         key = digest_of(model, recipe, read, job.noise_seed, job.steps, job.guidance_scale, job.batch_size)
@@ -168,8 +169,9 @@ def source_digest() -> str:
 
 def _read(path: Path, key: str) -> NDArray[np.float32]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        # opened here: numpy leaves a file open that it cannot read
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             array: NDArray[np.float32] = arrays[key]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise OutputError(f"{path} cannot be read ({error}); delete it, and run the benchmark again") from error
     return array

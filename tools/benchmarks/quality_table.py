@@ -19,6 +19,7 @@ from benchmarks.quality_scores import (
     estimate,
     moments,
     paired_difference,
+    paired_ratio,
     read_images,
     score_images,
 )
@@ -42,7 +43,8 @@ __all__ = ["PAIRED_IMAGES", "Settings", "Table", "error_per_step", "evaluation_p
 PAIRED_IMAGES: Final = 256  # images behind the figures that every row has
 _PROMPT_SEED: Final = 0
 _ALLOCATION_PROMPTS: Final = 64  # prompts of a bit allocation that are kept out of the measurement
-_LARGE: Final[tuple[Metric, ...]] = ("alignment", "frechet_real")
+_LARGE: Final[tuple[Metric, ...]] = ("alignment", "frechet_real")  # over all images of a row
+_RATIOS: Final[tuple[Metric, ...]] = ("mse", "frechet_fp")  # distances, which are compared as ratios too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,8 +303,15 @@ def _mean_psnr(scored: Scored, images: int) -> float | None:
 
 def _compare(pair: Comparison, scored: Mapping[str, Scored]) -> dict[str, Any]:
     differences = {}
+    first, second = scored[pair.row], scored[pair.against]
     for metric in pair.metrics:
-        value = paired_difference(scored[pair.row], scored[pair.against], metric)
+        images = None if metric in _LARGE else PAIRED_IMAGES
+        value = paired_difference(first, second, metric, images)
         if value is not None:
-            differences[metric] = {**asdict(value), "measurable": not value.holds_zero}
+            ratio = paired_ratio(first, second, metric, images) if metric in _RATIOS else None
+            differences[metric] = {
+                **asdict(value),
+                "measurable": not value.holds_zero,
+                "ratio": None if ratio is None else asdict(ratio),
+            }
     return {"row": pair.row, "against": pair.against, "differences": differences}
