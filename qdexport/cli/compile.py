@@ -14,6 +14,7 @@ from qdexport.cli.options import (
     overrides_of,
     recipe_options,
     target_option,
+    worker_options,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ Examples:
 )
 @click.argument("model")
 @recipe_options
+@worker_options
 @target_option
 @out_option
 @click.option("--force", "force", multiple=True, type=click.Choice(_STAGES), help="Do this stage again; repeatable.")
@@ -66,6 +68,7 @@ Example:
 )
 @click.argument("model")
 @recipe_options
+@worker_options
 @target_option
 @out_option
 @click.option("--force", is_flag=True, help="Calibrate again although nothing changed.")
@@ -120,6 +123,8 @@ def _options(model: str, options: dict[str, Any]) -> CompileOptions:
         ranges=options["ranges"],
         force=frozenset(options["force"]),
         dump_passes=Path(dump) if dump else None,
+        workers=options["workers"],
+        ray=options["ray"],
     )
 
 

@@ -60,9 +60,7 @@ def _show(console: Console, findings: list[Finding], facts: dict[str, str]) -> N
     from rich.text import Text
 
     graphics = [value for key, value in facts.items() if key.startswith("gpu")] or ["no NVIDIA GPU"]
-    machine = (
-        f"Python {facts['python']}, {facts['processor']}, {facts['cpu_count']} CPUs, {facts['ram_gib']} GiB"
-    )
+    machine = f"Python {facts['python']}, {facts['processor']}, {facts['cpu_count']} CPUs, {facts['ram_gib']} GiB"
     console.print(Text("; ".join([machine, *graphics])))
     console.print()
     table = Table.grid(padding=(0, 2, 0, 0), expand=False)

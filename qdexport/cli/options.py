@@ -58,6 +58,18 @@ def recipe_options(function: _F) -> _F:
     return function
 
 
+def worker_options(function: _F) -> _F:
+    """``--workers`` and ``--ray``."""
+    for option in (
+        click.option("--ray", metavar="ADDRESS", help="Measure sensitivities on a Ray cluster (extra [ray])."),
+        click.option(
+            "--workers", type=click.IntRange(min=1), help="Processes that measure sensitivities; default: one per core."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def target_option(function: _F) -> _F:
     """``--target``."""
     return click.option(

@@ -9,12 +9,14 @@ import click
 __all__ = ["recipes"]
 
 
-@click.command(epilog="""\b
+@click.command(
+    epilog="""\b
 Examples:
   qdexport recipes                 all presets
   qdexport recipes w8a8            its YAML with all defaults, to save and edit
   qdexport recipes my.yaml         check a file of your own
-""")
+"""
+)
 @click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def recipes(name: str | None, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING
 from qdexport import __version__
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, require_builder
 from qdexport.core.environment import environment_facts
-from qdexport.core.files import digest_of, tree_sha256
+from qdexport.core.files import atomic_path, digest_of, tree_sha256
 from qdexport.core.results import Manifest, Report
 from qdexport.errors import RecipeError
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.load import load_model
 from qdexport.models.source import resolve_source
 from qdexport.pipeline.lower import lower_to_onnx, network_facts
-from qdexport.pipeline.quantize import QuantizeSettings, make_quantized, plan_model
+from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
 from qdexport.pipeline.validate import validate
 from qdexport.pipeline.workspace import Made
@@ -36,6 +37,7 @@ __all__ = ["STAGES", "Compilation", "CompileOptions", "new_manifest", "new_repor
 
 logger = logging.getLogger(__name__)
 
+CALIBRATION_FOLDER = ".calibration"
 STAGES = ("quantize", "export", "build", "validate")
 
 
@@ -144,10 +146,18 @@ class Compilation:
             self._model = make_quantized(loaded, recipe, self._settings(loaded), self.progress)
             network_facts(self._model, options.target)  # a schedule that is missing is better known now
             save_quantized(self._model, checkpoint, with_weights=options.copy_weights)
+            self._keep_bit_plan(recipe)
             return [Made("checkpoint", checkpoint)]
 
         with self.progress.stage("quantize"):
             self.workspace.run_stage("quantize", inputs, work, force="quantize" in options.force)
+
+    def _keep_bit_plan(self, recipe: Recipe) -> None:
+        """Puts an allocated plan where users look for it; ``bit_plan: OUT/bits.yaml`` feeds an edited one back."""
+        found = self.workspace.root / CALIBRATION_FOLDER / BIT_PLAN_FILE
+        if recipe.bit_allocation is not None and recipe.bit_plan is None and found.is_file():
+            with atomic_path(self.workspace.root / BIT_PLAN_FILE) as partial:
+                shutil.copyfile(found, partial)
 
     def export(self) -> None:
         """Lowers the fake-quant model and writes ``onnx/``."""
@@ -231,7 +241,7 @@ class Compilation:
             ranges = load_ranges(options.ranges, plan_model(loaded, options.recipe))
         return QuantizeSettings(
             target=options.target,
-            folder=self.workspace.root / ".calibration",
+            folder=self.workspace.root / CALIBRATION_FOLDER,
             ranges=ranges,
             workers=options.workers,
             ray=options.ray,

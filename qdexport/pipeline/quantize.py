@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ from qdexport.quant.attach import QuantizedModel, quantize_model
 from qdexport.quant.bos import find_bos
 from qdexport.quant.calibrate import observe
 from qdexport.quant.groups import group_steps
+from qdexport.quant.partial import ScaledRanges
 from qdexport.quant.plan import plan_layers
 from qdexport.quant.reparameterize import choose_ratios
 
@@ -36,9 +39,11 @@ if TYPE_CHECKING:
     from qdexport.quant.calibrate import Observations
     from qdexport.quant.ranges import ActivationRanges
 
-__all__ = ["QuantizeSettings", "make_quantized", "observe_model", "plan_model"]
+__all__ = ["BIT_PLAN_FILE", "QuantizeSettings", "make_quantized", "observe_model", "plan_model"]
 
 logger = logging.getLogger(__name__)
+
+BIT_PLAN_FILE = "bits.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +88,8 @@ def make_quantized(
         return quantize_model(loaded, plans, recipe, settings.ranges)
     observations, ratios = observe_model(loaded, plans, recipe, settings, progress)
     if recipe.bit_allocation is not None and recipe.bit_plan is None:
-        plans = _allocate(loaded, plans, recipe, observations, settings, progress)
+        seen = ScaledRanges(observations=observations, channel_ratios=ratios)
+        plans = _allocate(loaded, plans, recipe, seen, settings, progress)
     ranges = replace(
         observations.ranges(plans),
         channel_ratios=ratios,
@@ -132,15 +138,20 @@ def _allocate(
     loaded: LoadedModel,
     plans: Sequence[LayerPlan],
     recipe: Recipe,
-    observations: Observations,
+    observations: ScaledRanges,
     settings: QuantizeSettings,
     progress: ProgressSink,
 ) -> list[LayerPlan]:
     from qdexport.quant.allocation import allocate_bits
+    from qdexport.quant.sensitivity import SweepRun
+    from qdexport.quant.tasks import Workers
 
-    plan = allocate_bits(
-        loaded, plans, recipe, observations, target=settings.target, folder=settings.folder, progress=progress
-    )
+    with contextlib.ExitStack() as stack:
+        folder = settings.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qdexport-sweep-")))
+        count = settings.workers or os.cpu_count() or 1
+        run = SweepRun(folder=folder, workers=Workers(count=count, ray=settings.ray), progress=progress)
+        plan = allocate_bits(loaded, plans, recipe, observations, settings.target, run)
+        plan.save(folder / BIT_PLAN_FILE)
     return apply_bit_plan(plans, plan)
 
 

@@ -127,6 +127,9 @@ def quantize_model(
     Raises:
         ModelError: a range is missing, or a weight does not fit the body's type.
     """
+    without = next((plan.name for plan in plans if plan.bos and plan.quantized and ranges.bos is None), None)
+    if without is not None:
+        raise ModelError(f"layer {without} leaves the text's first token out, whose embedding the ranges lack")
     body = _body_of(loaded, recipe)
     denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == body else BODY_DTYPES[body])
     context = attach(denoiser, plans, ranges, training_steps_of(loaded))

@@ -125,8 +125,6 @@ class ActivationRanges:
                 continue
             if plan.channel_scale and plan.group not in self.channel_ratios:
                 raise ModelError(f"{source}: no channel ratios for {plan.group!r}, the input of layer {plan.name}")
-            if plan.bos and self.bos is None:
-                raise ModelError(f"{source}: layer {plan.name} leaves the text's first token out, which is not given")
 
     def _check_values(self, key: str, layer: str, source: str) -> None:
         low, high = self.low[key], self.high[key]
