@@ -68,6 +68,7 @@ _QUANTIZE_ONLY = re.compile(
     r"_*myl_(?:Resh|Tran|Move|Conc)*(?:Cast)?(?:Mul|Div)(?:MinMax|MaxMin)?Roun(?:Cast)?(?:Resh|Tran|Move)*_"
 )
 _ATTENTION = "_gemm_mha"
+_STORED_WEIGHTS = "weights"  # what TensorRT 10 lists as a number of elements
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +90,7 @@ class PlanTensor:
         constant = text.startswith("const ")
         dtype, _, rest = text.removeprefix("const ").partition("[")
         dims, _, name = rest.partition("] ")
-        return cls(
-            name=name, dtype=dtype, dims=tuple(int(dim) for dim in dims.split(",") if dim), constant=constant
-        )
+        return cls(name=name, dtype=dtype, dims=tuple(int(dim) for dim in dims.split(",") if dim), constant=constant)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,9 +194,7 @@ def engine_coverage(plan: Plan, layers: Sequence[str]) -> dict[str, str]:
     for layer in layers:
         kernels = [kernel for op in ("Conv", "MatMul", "Gemm") for kernel in by_node.get(f"{layer}/{op}", ())]
         matrix = [kernel for kernel in kernels if kernel.kind in COMPUTE_KINDS]
-        precisions = [_precision(kernel) for kernel in matrix] or [
-            _pointwise_precision(kernel) for kernel in kernels
-        ]
+        precisions = [_precision(kernel) for kernel in matrix] or [_pointwise_precision(kernel) for kernel in kernels]
         found[layer] = _worst(precisions) if precisions else "missing"
     return found
 
@@ -213,7 +210,7 @@ def _kernel(index: int, line: str) -> KernelFact:
     inputs = _tensors(body, "Inputs", constant=False) + _tensors(body, "Constants", constant=True)
     if weights := _WEIGHTS.search(body):
         dtype = _DTYPES.get(weights["dtype"], weights["dtype"])
-        inputs.append(PlanTensor(name="weights", dtype=dtype, dims=(int(weights["count"]),), constant=True))
+        inputs.append(PlanTensor(name=_STORED_WEIGHTS, dtype=dtype, dims=(int(weights["count"]),), constant=True))
     tactic = _TACTIC.search(body)
     nodes = _nodes(metadata)
     return KernelFact(
@@ -247,9 +244,7 @@ def _tensors(body: str, section: str, *, constant: bool) -> list[PlanTensor]:
         # TensorRT 10 lists constants among the inputs and marks them by name only
         is_constant = constant or re.search(r"_dconst|const-lit|_constant", name) is not None
         found.append(
-            PlanTensor(
-                name=name, dtype=_dtype_name(dtype["dtype"]) if dtype else "", dims=dims, constant=is_constant
-            )
+            PlanTensor(name=name, dtype=_dtype_name(dtype["dtype"]) if dtype else "", dims=dims, constant=is_constant)
         )
     return found
 
@@ -268,12 +263,17 @@ def _nodes(metadata: str) -> list[str]:
 def _operands(kernel: KernelFact) -> tuple[PlanTensor, ...]:
     """The two factors of a matrix kernel: scales, biases and the like are left out."""
     tensors = plan_tensors(kernel.inputs)
-    if kernel.kind not in _FUSED_KINDS:
-        return tensors[:2]
-    # fused kernels list their constants in any order: the weight is the largest
     activations = tuple(tensor for tensor in tensors if not tensor.constant)
-    constants = [tensor for tensor in tensors if tensor.constant]
-    return (*activations[:1], max(constants, key=lambda t: prod(t.dims))) if constants else activations[:2]
+    # constants come in any order, and behind a bias that is computed; the weight is the largest
+    weight = max((tensor for tensor in tensors if tensor.constant), key=lambda t: prod(t.dims), default=None)
+    if kernel.kind in _FUSED_KINDS:
+        return activations[:2] if weight is None else (*activations[:1], weight)
+    return tensors[:2] if weight is None or not _is_weight(weight) else (*activations[:1], weight)
+
+
+def _is_weight(constant: PlanTensor) -> bool:
+    """Whether a constant is more than numbers per channel: it has two dimensions, or the builder calls it weights."""
+    return constant.name == _STORED_WEIGHTS or prod(constant.dims) > max(constant.dims, default=1)
 
 
 def _precision(kernel: KernelFact) -> str:

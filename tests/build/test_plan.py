@@ -50,6 +50,24 @@ QKV = line(
 )
 
 
+def test_a_computed_bias_is_no_factor():
+    """A zero point per step makes the bias of a convolution a computed tensor, which stands before the constants."""
+    conv = line(
+        "conv/Conv_myl0_1",
+        "correlation",
+        [("x", "2,32,18,18", "Int8"), ("shift", "1,32,1,1", "Float")],
+        [("s", "1,32,1,1", "Float"), ("w", "32,32,3,3", "Int8"), ("t", "1,32,1,1", "Float")],
+        [("y", "2,32,16,16", "Float")],
+        ["conv/Conv"],
+    )
+    plan = plan_of(conv)
+    assert engine_coverage(plan, ["conv"]) == {"conv": "int8"}
+    assert kernel_counts(plan).int8_compute == 1
+    half = plan_of(conv.replace("Int8", "Half"))
+    assert engine_coverage(half, ["conv"]) == {"conv": "fp16"}
+    assert kernel_counts(half).fp_compute == 1
+
+
 def test_a_line_is_read_completely():
     (kernel,) = plan_of(QKV).kernels
     assert (kernel.index, kernel.kind, kernel.tactic) == (0, "gemm", f"{kernel.name}_0x12")
@@ -295,3 +313,21 @@ def test_the_kernel_that_widens_int4_codes_is_no_compute():
     assert engine_coverage(plan, ["l"]) == {"l": "int8"}
     counts = kernel_counts(plan)
     assert (counts.kernels, counts.int8_compute, counts.fp_compute, counts.attention_kernels) == (2, 1, 0, 0)
+
+
+@pytest.mark.rtx
+def test_a_computed_bias_in_a_built_plan(build, nets, tmp_path):
+    """The unit-scale form with a zero point per step: a sum of whole numbers, then both scales."""
+    net = nets.Net("fp32")
+    x = net.quantize("c", net.input("x", [2, 32, 8, 8]), scale=1.0)
+    codes = net.constant("codes", net.random.integers(-127, 128, (32, 32, 3, 3)).astype(np.int8))
+    one, zero = net.constant("one", np.float32(1)), net.constant("zero", np.int8(0))
+    w = net.node("c.weight_quantizer/DequantizeLinear", "DequantizeLinear", [codes, one, zero])
+    step = net.input("step", [1, 1, 1, 1])
+    shift = net.node("c/Mul_1", "Mul", [net.floats("sums", (1, 32, 1, 1)), step])
+    y = net.node("c/Add", "Add", [net.node("c/Conv", "Conv", [x, w], pads=[1, 1, 1, 1]), shift])
+    _, plan = build(net.save(tmp_path / "m.onnx", net.node("c/Mul", "Mul", [y, step])))
+    (kernel,) = (kernel for kernel in plan.kernels if kernel.kind == "correlation")
+    # the builder puts the sum into the convolution, as its second operand
+    assert [tensor.dtype for tensor in plan_tensors(kernel.inputs)][:2] == ["int8", "fp32"]
+    assert engine_coverage(plan, ["c"]) == {"c": "int8"}
