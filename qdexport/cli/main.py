@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from qdexport import __version__
+from qdexport.cli.allocate import allocate, sensitivity
 from qdexport.cli.compile import build, compile_, export, quantize, validate
 from qdexport.cli.doctor import doctor
 from qdexport.cli.inspect import inspect
@@ -52,7 +53,7 @@ def cli() -> None:
     """Compiles quantized diffusion models for NVIDIA hardware, and proves at every step that nothing was lost."""
 
 
-for command in (compile_, quantize, export, build, validate, inspect, sample, recipes, doctor):
+for command in (compile_, quantize, export, build, validate, inspect, sample, sensitivity, allocate, recipes, doctor):
     cli.add_command(command)
 
 

@@ -13,10 +13,22 @@ from qdexport.core.spec import LayerPlan
 from qdexport.quant.attach import install, parameters_of, shared_copy
 from qdexport.quant.bos import Bos
 from qdexport.quant.modules import QuantSplitConv2d
+from qdexport.quant.plan import activation_keys
 from qdexport.quant.ranges import ActivationRanges
 
-__all__ = ["QuantizedParts", "RangeSource", "ScaledRanges", "partly_quantized", "with_bits"]
+__all__ = [
+    "Ends",
+    "QuantizedParts",
+    "RangeSource",
+    "ScaledRanges",
+    "partly_quantized",
+    "plain_ends",
+    "ranges_from",
+    "unused_ranges",
+    "with_bits",
+]
 
+Ends = Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
 QuantizedParts = Literal["weight", "activation", "both"]
 
 
@@ -42,6 +54,34 @@ class ScaledRanges:
     def ranges(self, plans: Sequence[LayerPlan]) -> ActivationRanges:
         """The ranges of the planned quantizers."""
         return replace(self.observations.ranges(plans), channel_ratios=dict(self.channel_ratios))
+
+
+def plain_ends(ranges: ActivationRanges) -> Ends:
+    """Lows and highs as numbers, for what is sent to other processes."""
+    return {key: (tuple(ranges.low[key].tolist()), tuple(ranges.high[key].tolist())) for key in sorted(ranges.low)}
+
+
+def ranges_from(ends: Ends, ratios: Mapping[str, Sequence[float]], timesteps: Sequence[int]) -> ActivationRanges:
+    """The ranges that :func:`plain_ends` was made from; ``ratios`` are of channels, by activation group."""
+    return ActivationRanges(
+        low={key: torch.tensor(low, dtype=torch.float64) for key, (low, _) in ends.items()},
+        high={key: torch.tensor(high, dtype=torch.float64) for key, (_, high) in ends.items()},
+        timesteps=tuple(timesteps),
+        channel_ratios={group: torch.tensor(ratio) for group, ratio in ratios.items()},
+    )
+
+
+def unused_ranges(plans: Sequence[LayerPlan], observations: RangeSource) -> ActivationRanges:
+    """Ranges for layers whose inputs stay in floating point: the same whatever was observed, but for channel scales.
+
+    What was observed must not decide whether a measurement of weights is found again.
+    """
+    keys = [key for plan in plans for key in activation_keys(plan)]
+    unit = torch.ones(1, dtype=torch.float64)
+    ranges = ActivationRanges(low=dict.fromkeys(keys, -unit), high=dict.fromkeys(keys, unit))
+    if any(plan.channel_scale and plan.quantized for plan in plans):
+        ranges = replace(ranges, channel_ratios=observations.ranges(plans).channel_ratios)
+    return ranges
 
 
 class _KeepWeight(nn.Module):

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-
-import torch
 
 from qdexport.core.recipe import BitAllocation, Recipe
 from qdexport.core.spec import LayerPlan
@@ -20,16 +18,21 @@ from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import SampleRequest, prompts_for
 from qdexport.quant.bench import Bench, ModelSource, Reference, bench_digest, open_model, record
 from qdexport.quant.layer_groups import group_of
-from qdexport.quant.partial import RangeSource, partly_quantized, with_bits
-from qdexport.quant.plan import activation_keys
+from qdexport.quant.partial import (
+    Ends,
+    RangeSource,
+    partly_quantized,
+    plain_ends,
+    ranges_from,
+    unused_ranges,
+    with_bits,
+)
 from qdexport.quant.ranges import ActivationRanges
 from qdexport.quant.result_cache import CachedTask, ResultCache, SweepRun
 from qdexport.quant.sensitivity_table import METRIC_OF_GROUP, Group, LayerSensitivity, Part, SensitivityTable
 from qdexport.quant.tasks import Job
 
 __all__ = ["SweepRun", "SweepTask", "measure_sensitivity", "open_bench", "reference_request", "sweep_tasks"]
-
-Ends = Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +67,8 @@ class SweepTask(CachedTask):
 
     def ranges(self, bits: int) -> ActivationRanges:
         """The ranges of the layers' inputs at a width; of weights, where no input is quantized, any."""
-        ends = self.ends[bits]
-        return ActivationRanges(
-            low={key: torch.tensor(low, dtype=torch.float64) for key, (low, _) in ends.items()},
-            high={key: torch.tensor(high, dtype=torch.float64) for key, (_, high) in ends.items()},
-            timesteps=self.timesteps,
-            channel_ratios={plan.group: torch.tensor(self.ratio) for plan in self.plans if self.ratio is not None},
-        )
+        ratios = {plan.group: self.ratio for plan in self.plans if self.ratio is not None}
+        return ranges_from(self.ends[bits], ratios, self.timesteps)
 
 
 def measure_sensitivity(
@@ -202,7 +200,7 @@ def _task(
         group=group,
         plans=plans,
         widths=tuple(widths),
-        ends={bits: _ends(ranges) for bits, ranges in found.items()},
+        ends={bits: plain_ends(ranges) for bits, ranges in found.items()},
         ratio=None if ratio is None else tuple(ratio.tolist()),
         timesteps=tuple(found[widths[0]].timesteps) if rows > 1 else (),
     )
@@ -211,17 +209,7 @@ def _task(
 def _ranges_at(part: Part, plans: tuple[LayerPlan, ...], bits: int, observations: RangeSource) -> ActivationRanges:
     if part == "activation":
         return observations.ranges([with_bits(plan, activation=bits) for plan in plans])
-    # inputs stay in floating point: their ranges must not decide whether a result is found again
-    keys = [key for plan in plans for key in activation_keys(plan)]
-    unit = torch.ones(1, dtype=torch.float64)
-    ranges = ActivationRanges(low=dict.fromkeys(keys, -unit), high=dict.fromkeys(keys, unit))
-    if any(plan.channel_scale for plan in plans):
-        ranges = replace(ranges, channel_ratios=observations.ranges(plans).channel_ratios)
-    return ranges
-
-
-def _ends(ranges: ActivationRanges) -> Ends:
-    return {key: (tuple(ranges.low[key].tolist()), tuple(ranges.high[key].tolist())) for key in sorted(ranges.low)}
+    return unused_ranges(plans, observations)
 
 
 def _measured(bench: Bench, task: SweepTask) -> LayerSensitivity:
