@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from qdexport.passes.expand_group_norm import ExpandGroupNorm
 from qdexport.passes.fold_adapters import FoldAdapters
+from qdexport.passes.fold_reparam import FoldReparam
 from qdexport.passes.fold_time_embedding import FoldTimeEmbedding
 from qdexport.passes.legalize_types import LegalizeTypes
 from qdexport.passes.lower_bitwidth import LowerBitwidth
+from qdexport.passes.lower_log2 import LowerLog2
 from qdexport.passes.lower_timestep_scale import LowerTimestepScale
 from qdexport.passes.lower_zero_point import LowerZeroPoint
 from qdexport.passes.precompute_bos import PrecomputeBos
@@ -23,10 +25,12 @@ __all__ = ["DEFAULT_ORDER", "default_passes"]
 DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
     SplitShortcut,
-    PrecomputeBos,
     FoldTimeEmbedding,
     ExpandGroupNorm,
     FoldAdapters,
+    FoldReparam,
+    PrecomputeBos,
+    LowerLog2,
     LowerZeroPoint,
     LowerTimestepScale,
     LowerBitwidth,

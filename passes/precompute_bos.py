@@ -64,7 +64,8 @@ class PrecomputeBos:
     name: ClassVar[str] = "precompute-bos"
     exact: ClassVar[bool] = False
     # Before or after fold-adapters: that pass turns the same weight into codes and leaves it to other readers.
-    runs_after: ClassVar[tuple[str, ...]] = ()
+    # fold-reparam scales the projection itself, not what is read out of the table.
+    runs_after: ClassVar[tuple[str, ...]] = ("fold-reparam",)
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         by_text: dict[ir.Value, list[_Projection]] = {}
