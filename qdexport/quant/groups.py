@@ -52,15 +52,17 @@ def sharing_cost(low: NDArray[np.float64], high: NDArray[np.float64], groups: Se
     """How much the squared rounding error grows when steps share rows, as a share of what it is with a row each.
 
     The error of a uniform quantizer is ``scale^2 / 12``, and a group's range is the union of its steps'. Steps and
-    layers count alike: the mean over both of the relative growth.
+    layers count alike: the mean over both of the relative growth. An input that is always zero in a step costs
+    nothing there, since every quantizer has an exact 0.
     """
     index = np.asarray(groups)
-    width = np.maximum(high - low, np.finfo(np.float64).tiny)
+    width = high - low
     growth = np.zeros_like(width)
     for group in range(int(index.max()) + 1):
         members = index == group
         shared = high[members].max(axis=0) - low[members].min(axis=0)
-        growth[members] = (shared / width[members]) ** 2 - 1
+        own = width[members]
+        growth[members] = np.divide(shared, own, out=np.ones_like(own), where=own > 0) ** 2 - 1
     return float(growth.mean())
 
 
