@@ -221,7 +221,9 @@ def test_checkpoints_refuse_other_encoders(tiny_folder: Path, make_recipe: MakeR
     other = load_model(tmp_path / "checkpoint")
     with torch.no_grad():
         next(iter(other.pipeline.text_encoder.parameters()))[5, 3] += 0.5
-    with pytest.raises(ModelError, match="first token of other text encoders than those of .*quantize the model again"):
+    with pytest.raises(
+        ModelError, match=r"first token of other text encoders than those of .*quantize the model again"
+    ):
         load_quantized(tmp_path / "checkpoint", loaded=other)
 
 
