@@ -38,7 +38,8 @@ def check_calls(
 ) -> list[DenoiserCall]:
     """Denoiser calls at ``count`` timesteps of the model's schedule, the first and the last among them.
 
-    With a pipeline, the inputs are those of the fake-quant model's own sampling run; else they are random.
+    With a pipeline, the inputs are those of the fake-quant model's own sampling run; else they are random, but for the
+    text's first token where it is a constant.
 
     Args:
         model: the fake-quant model.
@@ -53,11 +54,15 @@ def check_calls(
         Calls ready for PyTorch and ONNX alike, run by run, from the noisiest timestep on.
     """
     if model.loaded.pipeline is None:
-        return [
+        calls = [
             _random_call(io, step, timestep, batch, seed)
             for batch in range(batches)
             for step, timestep in spread(list(enumerate(_timesteps(model))), count)
         ]
+        for call in calls:
+            if model.bos is not None:  # a network with a constant for the first token answers no other one
+                call.inputs["encoder_hidden_states"][:, 0] = model.bos.embedding
+        return calls
     shape = io.inputs[0].shape()
     images = max(1, shape[0] // 2) if model.loaded.defaults.cfg else shape[0]
     request = SampleRequest(

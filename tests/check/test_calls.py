@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qdexport.check.calls import check_calls, fit_inputs, row_chunks, spread
 from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
 from qdexport.errors import ParityError
+from qdexport.quant.bos import Bos
 from tests.check.conftest import Compiled
 
 
@@ -77,9 +78,29 @@ def test_calls_are_the_same_for_a_seed(stepped: Compiled) -> None:
 
 
 def test_without_a_sampler_calls_are_random_at_the_calibrated_timesteps(static: Compiled) -> None:
-    model = SimpleNamespace(loaded=SimpleNamespace(pipeline=None), timesteps=(900, 700, 500, 100, 1))
+    model = SimpleNamespace(loaded=SimpleNamespace(pipeline=None), timesteps=(900, 700, 500, 100, 1), bos=None)
     calls = check_calls(model, static.io, 3, seed=0, batches=2)
     assert [call.timestep for call in calls] == [900, 500, 1] * 2
     assert [int(call.inputs["timestep"]) for call in calls] == [900, 500, 1] * 2
     samples = [call.inputs["sample"] for call in calls]
     assert not any(torch.equal(a, b) for i, a in enumerate(samples) for b in samples[:i])
+
+
+def test_random_text_begins_with_the_known_first_token() -> None:
+    """Any other one would read NaN from the network."""
+    dims = tuple(Dim(low=size, best=size, high=size) for size in (2, 5, 8))
+    one = (Dim(low=1, best=1, high=1),)
+    io = IoSpec(
+        inputs=(
+            TensorSpec(name="timestep", role="timestep", dtype="int64", dims=one),
+            TensorSpec(name="encoder_hidden_states", role="text", dtype="float16", dims=dims),
+        ),
+        outputs=(),
+    )
+    bos = Bos(embedding=torch.linspace(-300, 300, 8))
+    model = SimpleNamespace(loaded=SimpleNamespace(pipeline=None), timesteps=(900, 1), bos=bos)
+    for call in check_calls(model, io, 2, seed=0):
+        text = call.inputs["encoder_hidden_states"]
+        assert text.dtype == torch.float16
+        assert torch.equal(text[:, 0], bos.embedding.half().expand(2, 8))
+        assert not torch.equal(text[:, 1], text[:, 0])
