@@ -129,7 +129,10 @@ def quantize_model(
     """
     without = next((plan.name for plan in plans if plan.bos and plan.quantized and ranges.bos is None), None)
     if without is not None:
-        raise ModelError(f"layer {without} leaves the text's first token out, whose embedding the ranges lack")
+        raise ModelError(
+            f"layer {without} leaves the text's first token out, whose embedding the ranges lack; calibrate again, or "
+            "set `bos: off`"
+        )
     body = _body_of(loaded, recipe)
     denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == body else BODY_DTYPES[body])
     context = attach(denoiser, plans, ranges, training_steps_of(loaded))
@@ -183,7 +186,7 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
         weight = _layer(denoiser, plan).weight
         if plan.channel_scale:
             with torch.no_grad():
-                weight = ChannelScale(ranges.channel_ratios[plan.group], plan.kind).weight(weight)
+                weight = _channel_scale(_layer(denoiser, plan), plan, ranges.channel_ratios[plan.group]).weight(weight)
         kernels = torch.split_with_sizes(weight, plan.splits, dim=1) if plan.splits else (weight,)
         for part, kernel in zip(plan.parts, kernels, strict=True):
             weight_scales[part] = _weight_scale(part, kernel, plan.weight)
@@ -242,7 +245,7 @@ def install(
         ]
         scale = None
         if plan.channel_scale:
-            scale = ChannelScale(parameters.channel_ratios[plan.group], plan.kind).to(layer.weight.device)
+            scale = _channel_scale(layer, plan, parameters.channel_ratios[plan.group])
         _replace(denoiser, plan.name, _wrapped(layer, plan, (inputs, weights), scale))
     install_softmax(denoiser, parameters.softmax, context)
     if _most_rows(denoiser) > 1:
@@ -311,6 +314,15 @@ def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(converted, requires_grad=tensor.requires_grad)
     return converted
+
+
+def _channel_scale(layer: nn.Conv2d | nn.Linear, plan: LayerPlan, ratio: Tensor) -> ChannelScale:
+    if ratio.shape != layer.weight.shape[1:2]:
+        raise ModelError(
+            f"the channel ratios of {plan.group} have shape {list(ratio.shape)}, and layer {plan.name} has "
+            f"{layer.weight.shape[1]} input channels; quantize the model again"
+        )
+    return ChannelScale(ratio, plan.kind).to(layer.weight.device)
 
 
 def _weight_scale(part: str, weight: Tensor, spec: QuantSpec) -> Tensor:

@@ -7,10 +7,19 @@ beside it.
 - ``<part>.weight_codes``: integer codes, packed by :mod:`qdexport.quant.packing`;
 - ``<part>.weight_scale``: FP32 ``[1, C]`` per output channel, or ``[1]``; zero points of weights are 0;
 - ``<part>.input_scale``, ``<part>.input_zero_point``: FP32 ``[R]``, row i for the i-th of the file's
-  timesteps.
+  timesteps (groups of steps have equal rows);
 
-Its metadata entry ``qdexport.quantization`` is JSON: version, body, timesteps, the plan of every layer, and
-where the floating-point weights are. Codes are stored for other tools and to prove, at loading, that the
+and where the recipe asks for them:
+
+- ``<group>.channel_ratio``: FP32 ``[C]``, what the channels of an activation group's input are divided by; codes and
+  scales of weights are those of ``W r``;
+- ``<block>.softmax_scale``, ``<block>.softmax_mode``: FP32 ``[R]``, the quantizer behind the softmax of an attention
+  block; mode 0 is uniform, 1 is log2;
+- ``bos.embedding``: FP32 ``[D]``, the first token of the text as the denoiser reads it.
+
+Its metadata entry ``qdexport.quantization`` is JSON: version, body, timesteps, the plan of every layer, the widths
+behind softmax, a digest of the text encoders that ``bos.embedding`` came from (others are refused), and where the
+floating-point weights are. Codes are stored for other tools and to prove, at loading, that the
 weights are the right ones.
 """
 
@@ -302,15 +311,8 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
                         f"{path}: {part}.input_scale has {list(scale.shape)} rows for {len(facts.timesteps)} steps"
                     )
                 scales[key], zero_points[key] = scale, zero_point
-        softmax = {
-            name: SoftmaxParameters(
-                bits=bits,
-                scale=_scale(file, path, f"{name}.softmax_scale"),
-                mode=_tensor(file, path, f"{name}.softmax_mode"),
-            )
-            for name, bits in facts.softmax_bits.items()
-        }
-        bos = None if facts.encoder is None else Bos(embedding=_tensor(file, path, _BOS), encoder=facts.encoder)
+        softmax = {name: _softmax(file, path, name, facts) for name in facts.softmax_bits}
+        bos = _bos(file, path, facts)
     return QuantParameters(
         weight_scales=weight_scales,
         scales=scales,
@@ -320,6 +322,33 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
         softmax=softmax,
         bos=bos,
     )
+
+
+def _softmax(file: Any, path: Path, block: str, facts: _Facts) -> SoftmaxParameters:
+    """The quantizer behind one attention block."""
+    scale, mode = _scale(file, path, f"{block}.softmax_scale"), _tensor(file, path, f"{block}.softmax_mode")
+    if scale.shape != mode.shape:
+        raise ModelError(
+            f"{path}: {block}.softmax_scale has {list(scale.shape)} rows and softmax_mode {list(mode.shape)}"
+        )
+    if scale.shape not in ((1,), (len(facts.timesteps),)):
+        raise ModelError(f"{path}: {block}.softmax_scale has {list(scale.shape)} rows for {len(facts.timesteps)} steps")
+    if not bool(((mode == 0) | (mode == 1)).all()):
+        raise ModelError(f"{path}: {block}.softmax_mode holds a mode that is neither 0 (uniform) nor 1 (log2)")
+    return SoftmaxParameters(bits=facts.softmax_bits[block], scale=scale, mode=mode)
+
+
+def _bos(file: Any, path: Path, facts: _Facts) -> Bos | None:
+    """The text's first token."""
+    if facts.encoder is None:
+        layer = next((plan.name for plan in facts.plans if plan.bos and plan.quantized), None)
+        if layer is not None:
+            raise ModelError(f"{path}: layer {layer} leaves the text's first token out, whose embedding is missing")
+        return None
+    embedding = _tensor(file, path, _BOS)
+    if not bool(torch.isfinite(embedding).all()):
+        raise ModelError(f"{path}: {_BOS} holds NaN or infinity; quantize the model again")
+    return Bos(embedding=embedding, encoder=facts.encoder)
 
 
 def _scale(file: Any, path: Path, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdexport.core.recipe import SoftmaxQuant
 from qdexport.core.spec import QuantSpec
-from qdexport.errors import RecipeError
+from qdexport.errors import ModelError, RecipeError
 from qdexport.quant.modules import StepContext, selected_row
 from qdexport.quant.ops import NO_AXIS, fake_quantize
 from qdexport.quant.search import Histogram
@@ -170,9 +170,16 @@ class _Show:
 
 
 def install_softmax(denoiser: nn.Module, parameters: Mapping[str, SoftmaxParameters], context: StepContext) -> None:
-    """Puts quantizers behind the softmax of the named attention blocks, in place."""
+    """Puts quantizers behind the softmax of the named attention blocks, in place.
+
+    Raises:
+        ModelError: the denoiser has no such block.
+    """
+    blocks = dict(denoiser.named_modules())
     for name, values in parameters.items():
-        block: Any = denoiser.get_submodule(name)
+        block: Any = blocks.get(name)
+        if not isinstance(block, Attention):
+            raise ModelError(f"the denoiser has no attention block {name}; the parameters are of another model")
         quantizer = SoftmaxQuantizer(values, context)
         block.softmax_quantizer = quantizer.to(block.to_q.weight.device)
         block.set_processor(ExplicitAttention())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qdexport.core.progress import SilentProgress
 from qdexport.core.recipe import Recipe, load_recipe
+from qdexport.core.target import TARGETS
 from qdexport.errors import ModelError, OutputError
 from qdexport.models.denoiser import call_denoiser, example_inputs, io_spec, shortcut_splits
 from qdexport.models.load import LoadedModel, load_model, loaded_from_denoiser
 from qdexport.models.synthetic import random_unet
+from qdexport.pipeline.quantize import QuantizeSettings, make_quantized
 from qdexport.quant.attach import QuantizedModel, quantize_model
 from qdexport.quant.calibrate import calibrate
 from qdexport.quant.checkpoint import QUANTIZATION_FILE, RECIPE_FILE, load_quantized, save_quantized
+from qdexport.quant.modules import ChannelScale, FirstToken, QuantSplitConv2d
 from qdexport.quant.packing import integer_codes, unpack_codes
 from qdexport.quant.plan import plan_layers
 from qdexport.quant.ranges import given_ranges
+from qdexport.quant.softmax import SoftmaxQuantizer
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -270,3 +276,179 @@ def test_earlier_checkpoint_is_replaced_and_nothing_else(make_recipe: MakeRecipe
     save_quantized(load_quantized(folder), folder)  # over the files it was read from
     assert not (folder / "stale.bin").exists()
     assert torch.equal(_predict(load_quantized(folder), 500), _predict(saved, 500))
+
+
+# every mechanism at once
+
+MECHANISMS = {
+    "activation_rows": {"method": "uniform", "count": 2},
+    "split_shortcuts": True,
+    "bos": "constant",
+    "channel_scale": {"kinds": ["conv", "linear"], "groups": 2, "choose_ratio": False},
+    "softmax": {"bits": 4},
+    "calibration": {"prompts": 1, "batch_size": 1, "steps": 3, "guidance_scale": 3.0, "seed": 7},
+}
+
+
+@pytest.fixture(scope="module")
+def everything(tiny: LoadedModel) -> QuantizedModel:
+    rule = {
+        "match": "*",
+        "weight": {"bits": 4, "granularity": "per_channel"},
+        "activation": {"bits": 8, "symmetric": False, "signed": False},
+    }
+    recipe = Recipe.model_validate({"name": "everything", "rules": [rule], **MECHANISMS})
+    settings = QuantizeSettings(target=TARGETS["tensorrt-rtx"])
+    return make_quantized(tiny, recipe, settings, SilentProgress())
+
+
+@pytest.fixture(scope="module")
+def saved_everything(everything: QuantizedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("everything") / "checkpoint"
+    save_quantized(everything, folder, with_weights=False)
+    return folder
+
+
+def test_round_trip_of_every_mechanism_is_exact(everything: QuantizedModel, tmp_path: Path) -> None:
+    save_quantized(everything, tmp_path / "checkpoint")
+    loaded = load_quantized(tmp_path / "checkpoint")
+    assert loaded.plans == everything.plans
+    assert loaded.recipe == everything.recipe
+    assert loaded.timesteps == everything.timesteps
+    assert loaded.rows == everything.rows == 3
+    assert loaded.bos is not None
+    assert everything.bos is not None
+    assert torch.equal(loaded.bos.embedding, everything.bos.embedding)
+    for timestep in (999, *everything.timesteps, 0):
+        assert torch.equal(_predict(loaded, timestep), _predict(everything, timestep))
+    for first, second in zip(loaded.denoiser.modules(), everything.denoiser.modules(), strict=True):
+        assert type(first) is type(second)
+        for name, buffer in second.named_buffers(recurse=False):
+            assert torch.equal(first.get_buffer(name), buffer), (type(first).__name__, name)
+
+
+def test_the_round_trip_had_everything_to_carry(everything: QuantizedModel) -> None:
+    modules = list(everything.denoiser.modules())
+    assert any(isinstance(module, QuantSplitConv2d) for module in modules)
+    assert any(isinstance(module, FirstToken) for module in modules)
+    assert any(isinstance(module, ChannelScale) and module.ratio.max() > 1 for module in modules)
+    assert any(isinstance(module, SoftmaxQuantizer) for module in modules)
+    split_and_scaled = [plan for plan in everything.plans if plan.splits and plan.channel_scale]
+    assert split_and_scaled
+
+
+def test_documented_tensors_of_mechanisms(saved_everything: Path, everything: QuantizedModel) -> None:
+    tensors = load_file(saved_everything / QUANTIZATION_FILE)
+    assert tensors["conv_in.channel_ratio"].shape == (4,)
+    assert tensors["bos.embedding"].shape == (16,)
+    block = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    assert tensors[f"{block}.softmax_scale"].shape in ((1,), (3,))
+    assert set(tensors[f"{block}.softmax_mode"].tolist()) <= {0.0, 1.0}
+    assert all(tensor.dtype == torch.float32 for name, tensor in tensors.items() if not name.endswith("_codes"))
+    with safe_open(saved_everything / QUANTIZATION_FILE, framework="pt") as file:
+        facts = json.loads(file.metadata()["qdexport.quantization"])
+    assert everything.bos is not None
+    assert facts["encoder"] == everything.bos.encoder
+    assert facts["softmax_bits"][block] == 4
+    # one vector of ratios for all layers that read one tensor
+    groups = {plan.group for plan in everything.plans if plan.quantized}
+    assert {name.removesuffix(".channel_ratio") for name in tensors if name.endswith(".channel_ratio")} == groups
+
+
+BLOCK = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+
+def _no_ratio(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    del tensors["conv_in.channel_ratio"]
+
+
+def _short_ratio(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    tensors["conv_in.channel_ratio"] = tensors["conv_in.channel_ratio"][:3].clone()
+
+
+def _zero_ratio(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    tensors["conv_in.channel_ratio"][1] = 0
+
+
+def _no_embedding(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    del tensors["bos.embedding"]
+
+
+def _broken_embedding(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    tensors["bos.embedding"][2] = torch.nan
+
+
+def _no_encoder(_: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    facts = json.loads(metadata["qdexport.quantization"])
+    metadata["qdexport.quantization"] = json.dumps({**facts, "encoder": None})
+
+
+def _no_softmax_scale(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    del tensors[f"{BLOCK}.softmax_scale"]
+
+
+def _no_softmax_mode(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    del tensors[f"{BLOCK}.softmax_mode"]
+
+
+def _softmax_rows(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    tensors[f"{BLOCK}.softmax_scale"] = torch.ones(2)
+    tensors[f"{BLOCK}.softmax_mode"] = torch.ones(2)
+
+
+def _softmax_lengths(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    tensors[f"{BLOCK}.softmax_scale"] = torch.ones(3)
+    tensors[f"{BLOCK}.softmax_mode"] = torch.ones(1)
+
+
+def _softmax_third_mode(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+    tensors[f"{BLOCK}.softmax_mode"] += 2
+
+
+def _softmax_elsewhere(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["qdexport.quantization"] = metadata["qdexport.quantization"].replace(f'"{BLOCK}":', '"mid_block.attn9":')
+    for name in ("softmax_scale", "softmax_mode"):
+        tensors[f"mid_block.attn9.{name}"] = tensors.pop(f"{BLOCK}.{name}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_no_ratio, r"has no tensor conv_in\.channel_ratio"),
+        (_short_ratio, r"channel ratios of conv_in have shape \[3\], and layer conv_in has 4 input channels"),
+        (_zero_ratio, r"conv_in\.channel_ratio holds a scale that is not a positive number"),
+        (_no_embedding, r"has no tensor bos\.embedding"),
+        (_broken_embedding, r"bos\.embedding holds NaN or infinity"),
+        (_no_encoder, r"leaves the text's first token out, .*embedding"),
+        (_no_softmax_scale, r"has no tensor mid_block\S+\.softmax_scale"),
+        (_no_softmax_mode, r"has no tensor mid_block\S+\.softmax_mode"),
+        (_softmax_rows, r"attn1\.softmax_scale has \[2\] rows for 3 steps"),
+        (_softmax_lengths, r"attn1\.softmax_scale has \[3\] rows and softmax_mode \[1\]"),
+        (_softmax_third_mode, r"attn1\.softmax_mode holds .* neither 0 .* nor 1"),
+        (_softmax_elsewhere, r"the denoiser has no attention block mid_block\.attn9"),
+    ],
+)
+def test_damaged_mechanisms(
+    saved_everything: Path,
+    tiny: LoadedModel,
+    tmp_path: Path,
+    change: Callable[[dict[str, Tensor], dict[str, str]], None],
+    message: str,
+) -> None:
+    shutil.copytree(saved_everything, tmp_path / "checkpoint")
+    _rewrite(tmp_path / "checkpoint", change)
+    with pytest.raises(ModelError, match=message):
+        load_quantized(tmp_path / "checkpoint", loaded=tiny)
+
+
+def test_changed_weights_are_noticed_behind_channel_scales(
+    saved_everything: Path, tiny: LoadedModel, tmp_path: Path
+) -> None:
+    shutil.copytree(saved_everything, tmp_path / "checkpoint")
+
+    def scaled(tensors: dict[str, Tensor], _: dict[str, str]) -> None:
+        tensors["conv_in.channel_ratio"] = tensors["conv_in.channel_ratio"].flip(0) * 2
+
+    _rewrite(tmp_path / "checkpoint", scaled)
+    with pytest.raises(ModelError, match=r"layer conv_in: \d+ of \d+ weight codes"):
+        load_quantized(tmp_path / "checkpoint", loaded=tiny)
