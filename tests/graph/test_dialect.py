@@ -18,7 +18,7 @@ def test_registering_twice_is_harmless() -> None:
     register_schema()
     assert onnx.defs.has(FAKE_QUANTIZE, DOMAIN)
     schema = onnx.defs.get_schema(FAKE_QUANTIZE, VERSION, DOMAIN)
-    assert [item.name for item in schema.inputs] == ["x", "scale", "zero_point", "row"]
+    assert [item.name for item in schema.inputs] == ["x", "scale", "zero_point", "row", "mode"]
     assert sorted(schema.attributes) == ["axis", "qmax", "qmin"]
 
 
