@@ -94,10 +94,12 @@ class ActivationRanges:
             end: {name.removesuffix(f"/{end}"): t for name, t in tensors.items() if name.endswith(f"/{end}")}
             for end in ("low", "high", "ratio", "softmax_scale", "softmax_mode")
         }
-        softmax = {
-            name: SoftmaxParameters(bits=int(bits), scale=ends["softmax_scale"][name], mode=ends["softmax_mode"][name])
-            for name, bits in facts.get("softmax_bits", {}).items()
-        }
+        softmax = {}
+        for name, bits in facts.get("softmax_bits", {}).items():
+            if name not in ends["softmax_scale"] or name not in ends["softmax_mode"]:
+                raise ModelError(f"activation ranges {path} lack the softmax quantizer of {name}; calibrate again")
+            scale, mode = ends["softmax_scale"][name], ends["softmax_mode"][name]
+            softmax[name] = SoftmaxParameters(bits=int(bits), scale=scale, mode=mode)
         return cls(
             low=ends["low"],
             high=ends["high"],

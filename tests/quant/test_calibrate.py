@@ -17,7 +17,8 @@ from qdexport.models.load import LoadedModel, load_model
 from qdexport.models.sampling import SampleRequest, prompts_for, sample
 from qdexport.models.tiny import TinyOptions, save_tiny_pipeline
 from qdexport.quant import calibrate as calibrate_module
-from qdexport.quant.calibrate import calibrate, calibration_prompts, schedule_timesteps
+from qdexport.quant.calibrate import Observations, calibrate, calibration_prompts, observe, schedule_timesteps
+from qdexport.quant.modules import ChannelScale
 from qdexport.quant.plan import plan_layers
 from qdexport.quant.ranges import ActivationRanges
 
@@ -299,3 +300,141 @@ def test_prompts_from_a_file(tiny: LoadedModel, tmp_path: Path) -> None:
         calibration_prompts(tiny, Calibration(prompts=4, prompts_file=str(path)))
     with pytest.raises(RecipeError, match="cannot read"):
         calibration_prompts(tiny, Calibration(prompts_file=str(tmp_path / "none.txt")))
+
+
+# channel scales and groups of steps
+
+TWO = {"prompts": 3, "batch_size": 2, "steps": STEPS, "guidance_scale": 3.0, "seed": 7}
+
+
+def _scaled_recipe(make_recipe: MakeRecipe, **changes: Any) -> Recipe:
+    scale = {"kinds": ["conv", "linear"], "match": ["conv_in", "*.attn2.to_[kv]"]}
+    return make_recipe(calibration=TWO, channel_scale=scale, **changes)
+
+
+def _ratios(observations: Observations) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        group: 1 + 5 * torch.rand(observer.peaks.shape[1], generator=generator)
+        for group, observer in observations.channels.items()
+    }
+
+
+def test_channels_are_observed_beside_ranges(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    recipe = _scaled_recipe(make_recipe, bos="constant")
+    observations = observe(tiny, plan_layers(tiny.denoiser, recipe), recipe)
+    text = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    seen = _watch_by_hand(tiny, ["conv_in", text], recipe)
+    assert set(observations.channels) == {"conv_in", "encoder_hidden_states"}
+    for row, timestep in enumerate(observations.timesteps):
+        images = torch.cat(seen["conv_in"][timestep])
+        assert torch.equal(observations.channels["conv_in"].peaks[row], images.abs().amax(dim=(0, 2, 3)))
+        tokens = torch.cat(seen[text][timestep])[:, 1:]
+        assert torch.equal(observations.channels["encoder_hidden_states"].peaks[row], tokens.abs().amax(dim=(0, 1)))
+
+
+def test_ranges_behind_channel_scales_are_those_of_the_quotients(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    recipe = _scaled_recipe(make_recipe, activation_rows="per_step")
+    plans = plan_layers(tiny.denoiser, recipe)
+    ratios = _ratios(observe(tiny, plans, recipe))
+    observations = observe(tiny, plans, recipe, channel_ratios=ratios)
+    assert not observations.channels
+    ranges = observations.ranges(plans)
+    text = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    seen = _watch_by_hand(tiny, ["conv_in", text, "conv_out"], recipe)
+    for layer, group in (("conv_in", "conv_in"), (text, "encoder_hidden_states"), ("conv_out", "conv_out")):
+        for row, timestep in enumerate(ranges.timesteps):
+            x = torch.cat(seen[layer][timestep])
+            if group in ratios:
+                x = ChannelScale(ratios[group], "conv" if layer == "conv_in" else "linear")(x)
+            assert ranges.low[group][row] == x.min()
+            assert ranges.high[group][row] == x.max()
+    assert "conv_out" not in ratios
+
+
+def test_interrupted_second_run_goes_on_to_the_same_bits(
+    tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = _scaled_recipe(make_recipe)
+    plans = plan_layers(tiny.denoiser, recipe)
+    calls: list[int] = []
+
+    def first(**options: Any) -> Observations:
+        return observe(tiny, plans, recipe, state_dir=tmp_path, **options)
+
+    ratios = _ratios(first())
+    whole = observe(tiny, plans, recipe, channel_ratios=ratios).ranges(plans)
+    with pytest.raises(_InterruptError):
+        first(channel_ratios=ratios, on_progress=_interrupt_after(STEPS + 1))  # in the second batch
+    resumed = first(channel_ratios=ratios, on_progress=lambda done, _: calls.append(done))
+    assert calls == [STEPS + 1, STEPS + 2, 2 * STEPS]
+    assert _same(resumed.ranges(plans), whole)
+    calls.clear()
+    # both runs are found again, and the channels of the first with them
+    again = first(on_progress=lambda done, _: calls.append(done))
+    assert _same(first(channel_ratios=ratios, on_progress=lambda done, _: calls.append(done)).ranges(plans), whole)
+    assert calls == []
+    for group, ratio in _ratios(again).items():
+        assert torch.equal(ratio, ratios[group])
+    # other ratios are another calibration
+    other = {group: ratio + 1 for group, ratio in ratios.items()}
+    assert not _same(first(channel_ratios=other, on_progress=lambda done, _: calls.append(done)).ranges(plans), whole)
+    assert len(calls) == 2 * STEPS
+
+
+def test_saved_state_of_other_mechanisms_is_not_used(
+    tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    calibration = {"prompts": 1, "batch_size": 1, "steps": 1, "seed": 7}
+    calls: list[int] = []
+
+    def run(**changes: Any) -> int:
+        calls.clear()
+        _run(
+            tiny,
+            make_recipe(calibration=calibration, **changes),
+            state_dir=tmp_path,
+            on_progress=lambda done, _: calls.append(done),
+        )
+        return len(calls)
+
+    assert run() == 1
+    assert run(bos="constant") == 1
+    assert run(bos="constant") == 0
+    assert run(softmax={"bits": 8}) == 1
+    assert run(softmax={"bits": 4}) == 0
+    assert run(channel_scale={"kinds": ["conv"]}) == 1
+
+
+def test_steps_of_a_group_have_equal_rows(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(activation_rows={"method": "uniform", "count": 2}, softmax={"bits": 4, "mode": "uniform"})
+    plans = plan_layers(tiny.denoiser, recipe)
+    single = observe(tiny, plans, recipe)
+    grouped = single.grouped((0, 1, 0))
+    before, after = single.ranges(plans), grouped.ranges(plans)
+    assert after.rows == STEPS  # tables always have a row per step
+    assert after.timesteps == before.timesteps
+    for key in before.low:
+        shared = before.low[key][[0, 2]].min(), before.high[key][[0, 2]].max()
+        assert after.low[key].tolist() == [shared[0], before.low[key][1], shared[0]]
+        assert after.high[key].tolist() == [shared[1], before.high[key][1], shared[1]]
+    assert any(before.high[key][0] != before.high[key][2] for key in before.high)
+    settings = recipe.softmax
+    assert settings is not None
+    rows = [item for item in grouped.softmax_parameters(settings).values() if len(item.scale) > 1]
+    assert rows
+    for item in rows:
+        assert item.scale.shape == (STEPS,)
+        assert item.scale[0] == item.scale[2]
+        assert torch.equal(item.mode, torch.zeros(STEPS))
+
+
+def test_one_observation_serves_all_widths(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    """Ranges of a width are the same whether other widths were asked for before (methods.md 2.4 i)."""
+    observer = {"kind": "mse", "exponent": 2.0}
+    recipes = {bits: make_recipe({"bits": bits, "observer": observer}, calibration=TWO) for bits in (2, 4, 8)}
+    plans = {bits: plan_layers(tiny.denoiser, recipe) for bits, recipe in recipes.items()}
+    shared = observe(tiny, plans[8], recipes[8])
+    for bits in (8, 2, 4):
+        alone = observe(tiny, plans[bits], recipes[bits])
+        assert _same(shared.ranges(plans[bits]), alone.ranges(plans[bits]))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qdexport.core.spec import LayerPlan, QuantSpec
 from qdexport.errors import ModelError
+from qdexport.quant.bos import Bos
 from qdexport.quant.ranges import ActivationRanges, given_ranges, load_ranges
+from qdexport.quant.softmax import SoftmaxParameters
 
 W8 = QuantSpec(bits=8, granularity="per_channel")
 A8 = QuantSpec(bits=8)
@@ -132,3 +137,49 @@ def test_no_json(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ModelError, match="are not JSON"):
         load_ranges(tmp_path / "x.json", PLANS)
+
+
+def _whole(plans: list[LayerPlan]) -> ActivationRanges:
+    given = given_ranges(plans, -1, 2)
+    softmax = {"mid.attn1": SoftmaxParameters(bits=4, scale=torch.tensor([0.1, 1.0]), mode=torch.tensor([0.0, 1.0]))}
+    return replace(
+        given,
+        channel_ratios={plans[0].group: torch.tensor([1.0, 2.5])},
+        softmax=softmax,
+        bos=Bos(embedding=torch.randn(4), encoder="digest"),
+    )
+
+
+def test_everything_beside_ranges_is_saved(tmp_path: Path) -> None:
+    plan = LayerPlan(name="a", kind="conv", weight=W8, activation=A8, group="a")
+    before = _whole([plan])
+    before.save(tmp_path / "ranges.safetensors")
+    after = ActivationRanges.load(tmp_path / "ranges.safetensors")
+    assert torch.equal(after.low["a"], before.low["a"])
+    assert set(after.low) == set(after.high) == {"a"}
+    assert torch.equal(after.channel_ratios["a"], before.channel_ratios["a"])
+    assert after.softmax["mid.attn1"].bits == 4
+    assert torch.equal(after.softmax["mid.attn1"].scale, before.softmax["mid.attn1"].scale)
+    assert torch.equal(after.softmax["mid.attn1"].mode, before.softmax["mid.attn1"].mode)
+    assert after.bos is not None
+    assert before.bos is not None
+    assert torch.equal(after.bos.embedding, before.bos.embedding)
+    assert after.bos.encoder == "digest"
+
+
+def test_a_lost_softmax_quantizer_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ranges.safetensors"
+    _whole([LayerPlan(name="a", kind="conv", weight=W8, activation=A8, group="a")]).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    tensors = load_file(path)
+    del tensors["mid.attn1/softmax_mode"]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ModelError, match=r"lack the softmax quantizer of mid\.attn1; calibrate again"):
+        ActivationRanges.load(path)
+
+
+def test_scaled_layers_need_ratios() -> None:
+    plan = LayerPlan(name="a", kind="conv", weight=W8, activation=A8, group="a", channel_scale=True)
+    with pytest.raises(ModelError, match="no channel ratios for 'a', the input of layer a"):
+        given_ranges([plan], -1, 1)
