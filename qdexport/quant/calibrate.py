@@ -55,7 +55,8 @@ class Observations:
         for plan in plans:
             for key in activation_keys(plan):
                 if key not in low and plan.activation is not None:
-                    ends = self.inputs[key].ranges(plan.activation)
+                    observer = self.inputs[key] if self.group_of_step else self.inputs[key].pooled()
+                    ends = observer.ranges(plan.activation)
                     low[key], high[key] = (self._per_step(end) for end in ends)
         return ActivationRanges(low=low, high=high, timesteps=self.timesteps)
 

@@ -25,6 +25,11 @@ class NonFiniteError(ValueError):
     """An observed tensor holds NaN or infinity."""
 
 
+# how much the steps before and after count in a step's own row: neighbours are alike, and a row alone sees as many
+# times fewer values than a static one as there are steps (docs/quality.md)
+_NEIGHBOURS = (0.7, 0.4)
+
+
 class RangeObserver(ABC):
     """Watches one tensor over a calibration run.
 
@@ -69,6 +74,12 @@ class RangeObserver(ABC):
         for name, tensor in self.state().items():
             setattr(joined, name, _join(name, tensor, group_of_row))
         return joined
+
+    def pooled(self) -> RangeObserver:
+        """An observer of successive steps in which every row also counts what its neighbours saw; this one stays as it
+        is. Ranges of extreme values are left alone.
+        """
+        return self
 
     @abstractmethod
     def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -215,6 +226,19 @@ class MseObserver(HistogramObserver):
     A sample does not do: with a row per step, rows searched on some thousand values clip tails that the sample missed,
     and were worse than one static row (docs/quality.md).
     """
+
+    def pooled(self) -> RangeObserver:
+        joined = copy.copy(self)
+        counts, rows = self.counts.double(), len(self.low)
+        joined.counts, joined.low, joined.high = counts.clone(), self.low.clone(), self.high.clone()
+        for distance, share in enumerate(_NEIGHBOURS, 1):
+            if distance >= rows:
+                break
+            for here, there in ((slice(distance, None), slice(-distance)), (slice(-distance), slice(distance, None))):
+                joined.counts[here] += share * counts[there]
+                joined.low[here] = torch.minimum(joined.low[here], self.low[there])
+                joined.high[here] = torch.maximum(joined.high[here], self.high[there])
+        return joined
 
     def ranges(self, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         low, high = self.low.clone(), self.high.clone()
