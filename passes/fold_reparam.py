@@ -18,7 +18,7 @@ nothing is rounded, and every code is equal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -57,10 +57,17 @@ class _Edit:
 
 @dataclass(frozen=True, slots=True)
 class _Absorbed:
-    """A factor per channel of a tensor, taken in by what makes it: its channel axis, and the edits."""
+    """A factor per channel of a tensor, taken in by what makes it.
+
+    Attributes:
+        axis: the channel axis of the tensor.
+        edits: what has to change.
+        first: the maker's first channel that is scaled (others before and behind are kept by a factor of 1).
+    """
 
     axis: int
     edits: tuple[_Edit, ...]
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +75,7 @@ class _Fold:
     """Products with ``1 / r`` that go away together."""
 
     scales: list[ir.Node]
-    edits: tuple[_Edit, ...]
+    absorbed: _Absorbed
 
 
 class FoldReparam:
@@ -106,7 +113,7 @@ def _plan(node: ir.Node) -> _Fold | Blocked:
             scales = channel_scales_behind(source, absorbed.axis)
             if not isinstance(scales, Blocked):
                 if all(np.array_equal(_vector(item), vector) for item in scales):
-                    return _Fold(scales, absorbed.edits)
+                    return _Fold(scales, absorbed)
                 scales = Blocked(f"the layers that read {_maker(source)} have different channel scales")
             absorbed = scales
         why = why or absorbed
@@ -139,12 +146,13 @@ def _layers(scale: ir.Node) -> list[str]:
 
 def _commit(fold: _Fold, report: PassReport) -> None:
     layers = sorted({layer for scale in fold.scales for layer in _layers(scale)})
-    for edit in fold.edits:
+    edits = fold.absorbed.edits
+    for edit in edits:
         writer = NodeWriter(edit.node)
         edit.node.replace_input_with(edit.index, writer.constant("scaled", edit.array))
-    makers = sorted({module_of(edit.node).removesuffix(".weight_quantizer") for edit in fold.edits})
-    for node in _compute_nodes(fold.edits):
-        node.metadata_props[SCALED_FOR_KEY] = layers[0]
+    makers = sorted({module_of(edit.node).removesuffix(".weight_quantizer") for edit in edits})
+    for node in _compute_nodes(edits):
+        node.metadata_props[SCALED_FOR_KEY] = f"{layers[0]}:{fold.absorbed.first}"
     for scale in fold.scales:
         data = next(item for item in scale.inputs if item is not None and const_or_none(item) is None)
         replace_value(scale.outputs[0], data)
@@ -222,7 +230,7 @@ def _absorb_split(node: ir.Node, value: ir.Value, vector: np.ndarray) -> _Absorb
     inner = _absorb(source, full)
     if isinstance(inner, _Absorbed) and inner.axis != axis:
         return Blocked(f"{node.name} splits along another axis than the channels")
-    return inner
+    return inner if isinstance(inner, Blocked) else replace(inner, first=start)
 
 
 def _absorb_concat(node: ir.Node, vector: np.ndarray) -> _Absorbed | Blocked:
@@ -264,7 +272,7 @@ def _absorb_affine(node: ir.Node, vector: np.ndarray) -> _Absorbed | Blocked:
     if isinstance(inner, Blocked) or node.op_type == "Mul":
         return inner
     beta = _scaled(constant, vector, rank - 1 - inner.axis)
-    return _Absorbed(inner.axis, (*inner.edits, _Edit(node, places[0], beta)))
+    return replace(inner, edits=(*inner.edits, _Edit(node, places[0], beta)))
 
 
 def _absorb_layer(node: ir.Node, vector: np.ndarray) -> _Absorbed | Blocked:

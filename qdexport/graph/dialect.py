@@ -24,7 +24,7 @@ NO_AXIS = -1
 
 # metadata of a node: the path of the torch module that it came from
 LAYER_KEY = "qdexport.module"
-# metadata of a convolution or product: the layer whose 1 / r its output carries
+# metadata of a convolution or product whose output carries another layer's 1 / r: `<layer>:<first channel>`
 SCALED_FOR_KEY = "qdexport.scaled_for"
 # a layer's module that multiplies its input with 1 / r
 CHANNEL_SCALE = "channel_scale"

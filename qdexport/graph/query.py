@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdexport.errors import GraphPassError
-from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, LAYER_KEY
+from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, LAYER_KEY, SCALED_FOR_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,6 +26,7 @@ __all__ = [
     "is_fake_quantize",
     "module_of",
     "only_consumer",
+    "scaled_for",
     "shape_of",
     "value_name",
     "weight_source",
@@ -103,6 +104,14 @@ def graph_of(node: ir.Node) -> ir.Graph:
 def module_of(node: ir.Node) -> str:
     """The path of the torch module that a node came from; empty for the denoiser itself."""
     return node.metadata_props.get(LAYER_KEY, "")
+
+
+def scaled_for(node: ir.Node) -> tuple[str, int] | None:
+    """The layer whose ``1 / r`` the output of a convolution or product carries, and from which channel on (pass
+    fold-reparam).
+    """
+    layer, separator, first = node.metadata_props.get(SCALED_FOR_KEY, "").rpartition(":")
+    return (layer, int(first)) if separator else None
 
 
 def is_fake_quantize(node: ir.Node | None) -> bool:

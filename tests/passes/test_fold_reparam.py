@@ -6,9 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qdexport.graph.dialect import SCALED_FOR_KEY
 from qdexport.graph.evaluate import evaluate, fake_quantize_codes
-from qdexport.graph.query import is_fake_quantize
+from qdexport.graph.query import is_fake_quantize, scaled_for
 from qdexport.graph.runner import run_passes
 from qdexport.passes.expand_group_norm import ExpandGroupNorm
 from qdexport.passes.fold_reparam import FoldReparam
@@ -106,7 +105,7 @@ def test_layer_norm(graphs, noise, kind):
     assert not ran.report.exact
     check(ran, kind, ["to_q", "to_v"], feeds)
     np.testing.assert_array_equal(ran.before[0]["y3"], ran.after[0]["y3"])  # the other norm keeps its constants
-    assert not any(SCALED_FOR_KEY in node.metadata_props for node in ran.model.graph)
+    assert not any(map(scaled_for, ran.model.graph))
 
 
 def test_different_channel_scales_stay(graphs, noise):
@@ -273,8 +272,8 @@ def test_values_of_attention(graphs, noise, kind, bos):
     assert ran.report.notes == {"to_out.0": f"1 / r folded into {makers}"}
     weight = ran.node("to_v.weight_quantizer/DequantizeLinear")
     assert weight.inputs[0] is codes
-    assert ran.node("to_v/MatMul").metadata_props[SCALED_FOR_KEY] == "to_out.0"
-    assert SCALED_FOR_KEY not in ran.node("to_k/MatMul").metadata_props
+    assert scaled_for(ran.node("to_v/MatMul")) == ("to_out.0", 0)
+    assert scaled_for(ran.node("to_k/MatMul")) is None
     check(ran, kind, ["to_out.0"], feeds)
     np.testing.assert_array_equal(ran.before[0]["y2"], ran.after[0]["y2"])  # another reader of the FP weight
 
@@ -348,6 +347,7 @@ def test_the_value_half_of_a_gated_layer(graphs, noise, kind, value):
     ran = graphs.run(model, FoldReparam(), feeds)
     assert scales_left(ran.model) == []
     assert ran.report.notes == {"ff.net.2": "1 / r folded into ff.net.0.proj"}
+    assert scaled_for(ran.node("ff.net.0.proj/MatMul")) == ("ff.net.2", 0 if value == "first" else 8)
     scale = ran.node("ff.net.0.proj.weight_quantizer/DequantizeLinear").inputs[1].const_value.numpy()
     bias = ran.node("ff.net.0.proj/Add").inputs[1].const_value.numpy()
     scaled, kept = (slice(0, 8), slice(8, 16)) if value == "first" else (slice(8, 16), slice(0, 8))
@@ -379,7 +379,7 @@ def test_a_convolution_in_front_of_a_convolution(graphs, noise, kind):
     model = graphs.model_of("float[2,2,5,5] x", "float[2,3,5,5] y", "\n".join(lines), constants)
     ran = graphs.run(model, FoldReparam(), feeds)
     assert ran.report.notes == {"b": "1 / r folded into a"}
-    assert ran.node("a/Conv").metadata_props[SCALED_FOR_KEY] == "b"
+    assert scaled_for(ran.node("a/Conv")) == ("b", 0)
     check(ran, kind, ["b"], feeds)
 
 
