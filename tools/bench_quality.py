@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import FrameType
 
     from benchmarks.quality_rows import Row, RowEntry
     from benchmarks.quality_table import Settings, Table
@@ -287,8 +289,14 @@ def _report_failures(failed: Mapping[str, str]) -> int:
     return _FAILED_EXIT_CODE if failed else 0
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ends as Ctrl-C does, so that the processes which sample end too."""
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Runs the command line; errors meant for the user end with their exit code and one line."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = cli.main(standalone_mode=False)
     except click.ClickException as error:

@@ -89,18 +89,20 @@ def main(spec_path: str) -> None:
 
     The specification holds ``model``, ``recipe`` (as JSON, or null), ``prompts`` (all of the row), ``batches``
     (pairs of start and path), ``noise_seed``, ``steps``, ``guidance_scale``, ``batch_size``, ``threads``,
-    ``facts`` and ``progress`` (paths).
+    ``facts``, ``progress`` and ``state`` (paths).
     """
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     import torch
 
     torch.set_num_threads(int(spec["threads"]))
     progress, started = FileProgress(Path(spec["progress"])), time.perf_counter()
-    loaded, denoiser, facts = _denoiser(spec, progress, Path(spec_path).parent / "calibration")
+    loaded, denoiser, facts = _denoiser(spec, progress, Path(spec["state"]))
     facts["prepare_seconds"] = round(time.perf_counter() - started, 2)
     _sample_batches(spec, loaded, denoiser, progress)
     facts["seconds"] = round(time.perf_counter() - started, 2)
     write_facts(Path(spec["facts"]), facts)
+    for calibration in Path(spec["state"]).glob("*.safetensors"):
+        calibration.unlink()  # large, and made again in seconds; sensitivities stay
     answer(spec, facts)
 
 

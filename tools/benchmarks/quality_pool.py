@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Work", "run_rows"]
 
 _TOOLS = Path(__file__).resolve().parents[1]
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 _LINE_SECONDS = 15.0  # between lines where there is no terminal
 _SHOWN_LINES = 12
 # preparing a row (loading, calibrating) takes about as long as sampling this many images, for the time left
@@ -82,6 +82,7 @@ class _Child:
             "batch_size": job.batch_size,
             "threads": threads,
             "facts": str(store.facts_path),
+            "state": str(store.state_folder),
             "progress": str(self._progress),
             "answer": str(self._answer),
         }

@@ -94,6 +94,11 @@ class RowStore:
         """The file that the child writes its facts to (widths, seconds)."""
         return self._named("facts", ".json")
 
+    @property
+    def state_folder(self) -> Path:
+        """Where the child keeps unfinished calibrations and measurements; of this code alone."""
+        return self.folder / f"state-{self._source}"
+
     def facts(self) -> dict[str, Any] | None:
         """What the child told about the row; None before it ran."""
         path = self.facts_path
@@ -163,7 +168,8 @@ def source_digest() -> str:
     for folder, _, names in sorted(os.walk(root, followlinks=True)):
         for name in sorted(names):
             if name.endswith(".py"):
-                digest.update(f"{folder}/{name}\0".encode() + (Path(folder) / name).read_bytes())
+                path = Path(folder) / name
+                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
