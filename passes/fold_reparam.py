@@ -117,7 +117,7 @@ def _plan(node: ir.Node) -> _Fold | Blocked:
                 scales = Blocked(f"the layers that read {_maker(source)} have different channel scales")
             absorbed = scales
         why = why or absorbed
-    return why or Blocked(f"{value_name(value)} is an input of the network")
+    return why or Blocked("no layer makes its input: it comes from an input of the network")
 
 
 def _maker(value: ir.Value) -> str:

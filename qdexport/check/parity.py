@@ -32,6 +32,7 @@ from qdexport.core.spec import LayerPlan
 from qdexport.emit.inspect import load_onnx
 from qdexport.errors import ParityError
 from qdexport.graph.probe import Probe, build_probe, find_probes, find_softmax_probes, weight_codes
+from qdexport.graph.query import scaled_for
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.affine import quantize_codes
 from qdexport.quant.attach import QuantizedModel
@@ -77,6 +78,7 @@ def layer_parity(
     plans = [plan for plan in model.plans if plan.quantized]
     softmax = [name for name, module in model.denoiser.named_modules() if isinstance(module, SoftmaxQuantizer)]
     comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts], softmax)
+    comparison.carry(model.denoiser)
     for done, call in enumerate(calls):
         inputs = fit_inputs(call.inputs, io)
         comparison.start({name: tensor.numpy() for name, tensor in inputs.items()})
@@ -147,6 +149,15 @@ class _Comparison:
         self._worst |= {name: _Worst(weight=0.0) for name in softmax}  # no weight to compare
         self._inputs: Feed = {}
         self._chunk = _Chunk()
+        self._carried: dict[str, tuple[int, Tensor]] = {}
+
+    def carry(self, denoiser: nn.Module) -> None:
+        """Notes which layers' outputs carry the ``1 / r`` of another layer in the file (pass fold-reparam)."""
+        for name, probe in self._layers.items():
+            carried = scaled_for(probe.node)
+            if carried is not None:
+                layer: Any = denoiser.get_submodule(carried[0])
+                self._carried[name] = carried[1], layer.channel_scale.inverse.flatten()
 
     def start(self, inputs: Feed) -> None:
         """Begins a denoiser call."""
@@ -174,6 +185,11 @@ class _Comparison:
 
     def layer(self, name: str, quantizer: ActivationQuantizer, x: Tensor, y: Tensor) -> None:
         """Takes one layer's input and output."""
+        if name in self._carried:
+            first, inverse = self._carried[name]
+            y = y.clone()
+            channels = y if self._layers[name].node.op_type != "Conv" else y.movedim(1, -1)
+            channels[..., first : first + len(inverse)] *= inverse
         self._take(name, x, _codes(quantizer, x, self._layers[name].pads), y)
 
     def softmax(self, name: str, x: Tensor, y: Tensor) -> None:

@@ -384,7 +384,7 @@ def test_a_convolution_in_front_of_a_convolution(graphs, noise, kind):
 
 
 STAY = {
-    "an input": ([], "x", "x is an input of the network"),
+    "an input": ([], "x", "it comes from an input of the network"),
     "a residual sum": (['["net/Add"] h = Add(x, x2)'], "h", "net/Add joins it with something computed"),
     "another reader": (
         ['["n/LayerNormalization"] h = LayerNormalization(x, inv, inv)', '["net/Exp"] y2 = Exp(h)'], "h",
