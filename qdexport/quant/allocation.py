@@ -184,7 +184,9 @@ class _Search:
         objective = self.settings.objective
         problem = weight_problem(self.costs, table, widths, fixed, objective)
         span = _LEVEL_SPAN_BITS if objective == "average_bits" else _LEVEL_SPAN_BITS / _FULL_BITS
-        points = self._scan(problem, (level, span), _WEIGHT_SPLITS, "weight")
+        # an upper bound on both groups may leave no room at all for other splits than 1
+        splits = _WEIGHT_SPLITS if problem.band else (1.0, *_WEIGHT_SPLITS)
+        points = self._scan(problem, (level, span), splits, "weight")
         proposals: list[Widths] = [
             {name: (point.widths[name], activation) for name, (_, activation) in widths.items()} for point in points
         ]

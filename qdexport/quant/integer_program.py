@@ -26,6 +26,8 @@ BAND_BITS = 0.02  # half the width of the band that an average may lie in
 _INFEASIBLE, _TIME_LIMIT = 2, 1
 _SECONDS = 60.0  # for one problem; those of 800 layers take less than one
 _RELATIVE_GAP = 1e-4  # of the summed losses
+_ENDS = (np.min, np.max)
+_ROW_TOLERANCE = 1e-6  # HiGHS's own
 _SCORE_SPAN = 1e3  # HiGHS ends at an absolute gap of 1e-6
 
 
@@ -70,11 +72,10 @@ class Problem:
 
     def budget(self, level: float) -> Budget:
         """The budget of one group at an average or a share."""
-        # HiGHS keeps rows to 1e-6 of their bounds, so that the band itself is kept
-        margin = 1e-6
         if self.band:
-            return Budget(low=level - BAND_BITS + margin, high=level + BAND_BITS - margin)
-        return Budget(low=-math.inf, high=level - margin)
+            # HiGHS keeps rows up to its tolerance: a little inside, so that the band itself is kept
+            return Budget(low=level - BAND_BITS + _ROW_TOLERANCE, high=level + BAND_BITS - _ROW_TOLERANCE)
+        return Budget(low=-math.inf, high=level)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +110,9 @@ def solve(choices: Sequence[Choice], budget: Budget) -> dict[str, int] | None:
     span = float(losses.max())
     one_each = csr_array((np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))))
     rows = np.array([choices[i].costs[bits] for i, bits in pairs], dtype=np.float64).T
+    least, most = (np.sum([end(list(choice.costs.values()), axis=0) for choice in choices], axis=0) for end in _ENDS)
+    if (least > budget.high + _ROW_TOLERANCE).any() or (most < budget.low - _ROW_TOLERANCE).any():
+        return None  # most points of a scan: HiGHS would take much longer to say so
     found = milp(
         losses * (_SCORE_SPAN / span if span > 0 else 1.0),
         integrality=np.ones(len(pairs)),

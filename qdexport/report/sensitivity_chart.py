@@ -18,7 +18,7 @@ __all__ = ["save_scan_chart", "save_sensitivity_chart"]
 
 _COLOURS = {2: "#b3261e", 3: "#c4622d", 4: "#d68b00", 5: "#8a8f2a", 6: "#4f8f5b", 7: "#3f87a6", 8: "#1f5fa8"}
 _INK, _GRID = "#1c2028", "#d9dde3"
-_ROW_INCHES, _HEAD_INCHES, _WIDTH_INCHES = 0.16, 1.1, 13.0
+_ROW_INCHES, _TOP_INCHES, _BOTTOM_INCHES, _WIDTH_INCHES = 0.16, 0.4, 0.5, 14.0
 _LABELS = {"sqnr_db": "SQNR of the denoiser's output (dB)", "ssim": "1 - SSIM of the images"}
 _TITLES = {"content": "content layers", "quality": "quality layers"}
 _SMALLEST_LOSS = 1e-7  # of SSIM: FP32 knows no less
@@ -39,15 +39,18 @@ def save_sensitivity_chart(path: Path, table: SensitivityTable) -> None:
     ]
     groups = [[panel for panel in panels if panel[0] == group and panel[2]] for group in ("quality", "content")]
     rows = [panel for panel in groups if panel]
-    heights = [_HEAD_INCHES + _ROW_INCHES * max(len(entries) for _, _, entries in row) for row in rows]
+    heights = [_TOP_INCHES + _BOTTOM_INCHES + _ROW_INCHES * max(len(entries) for _, _, entries in row) for row in rows]
     with _pyplot() as plt:
         figure = plt.figure(figsize=(_WIDTH_INCHES, sum(heights) + 0.5))
         outer = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)
-        for place, row in zip(outer[:, 0], rows, strict=True):
+        for place, row, height in zip(outer[:, 0], rows, heights, strict=True):
             axes = place.subplots(1, len(row), squeeze=False)[0]
             for axis, (group, part, entries) in zip(axes, row, strict=True):
                 _draw_layers(axis, entries, f"{_TITLES[group]}, {part}s")
-            place.subplots_adjust(left=0.27, right=0.99, wspace=0.9, top=1 - 0.35 / (place.bbox.height / 120))
+            left = 0.27 if len(row) == 1 else 0.22
+            place.subplots_adjust(
+                left=left, right=0.99, wspace=0.85, top=1 - _TOP_INCHES / height, bottom=_BOTTOM_INCHES / height
+            )
         figure.suptitle(f"{table.model}: one layer quantized, all others in floating point", fontsize=9, y=0.999)
         _save(figure, path)
 
@@ -101,7 +104,7 @@ def _draw_scan(axis: Any, figure: Any, plans: Sequence[ScannedPlan]) -> None:
 
         errors = [plan.mse or 1e-12 for plan in compared]
         marks = axis.scatter(
-            [p.split for p in compared], [p.average_bits for p in compared], c=errors, cmap="viridis_r", s=36,
+            [p.split for p in compared], [p.average_bits for p in compared], c=errors, cmap="viridis_r", s=36, zorder=3,
             norm=LogNorm(min(errors), max(errors) * 1.0001), label="compared on images",
         )  # fmt: skip
         figure.colorbar(marks, ax=axis, label="mean squared pixel error to the floating-point images")
