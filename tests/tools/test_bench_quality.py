@@ -555,11 +555,16 @@ def test_prompts_of_the_calibration_are_kept_out() -> None:
     from qdexport.models.sampling import prompts_for
 
     loaded = load_model("shapes-turbo")
-    seen = set(prompts_for(loaded, 10, 0))
+    drawn = prompts_for(loaded, 50, 0)
+    seen = set(drawn[5:15])
     prompts = evaluation_prompts(loaded, 50, seen)
     assert len(prompts) == 50
     assert not seen & set(prompts)
-    assert evaluation_prompts(loaded, 20, seen) == prompts[:20]
+    assert [ours for ours, theirs in zip(prompts, drawn, strict=True) if theirs not in seen] == [
+        prompt for prompt in drawn if prompt not in seen
+    ]
+    assert [len(prompt.split()) for prompt in prompts] == [len(prompt.split()) for prompt in drawn]
+    assert evaluation_prompts(loaded, 50, set()) == tuple(drawn)
 
 
 @pytest.mark.slow

@@ -75,9 +75,9 @@ def _settings(figures: Mapping[str, Any]) -> str:
         for model, steps in settings["steps"].items()
     )
     return (
-        f"{sampled}. Prompts are those of `prompts_for(model, ..., seed={settings['prompt_seed']})` without the "
-        f"{settings['prompts_kept_out']} sentences\nthat a calibration has seen; the noise of "
-        "image i comes from seed i. "
+        f"{sampled}. Prompts are those of `prompts_for(model, ..., seed={settings['prompt_seed']})`; those among "
+        f"the {settings['prompts_kept_out']}\nsentences that a calibration has seen give way to others of as many "
+        "words. The noise of image i comes from seed i.\n"
         f"Real images: {settings['real_images']:,} renders.\n"
     )
 

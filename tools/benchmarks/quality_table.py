@@ -42,7 +42,7 @@ __all__ = ["PAIRED_IMAGES", "Settings", "Table", "error_per_step", "evaluation_p
 
 PAIRED_IMAGES: Final = 256  # images behind the figures that every row has
 _PROMPT_SEED: Final = 0
-_ALLOCATION_PROMPTS: Final = 64  # prompts of a bit allocation that are kept out of the measurement
+_SPARE: Final = 8  # times as many prompts are drawn as needed, to replace those that are kept out
 _LARGE: Final[tuple[Metric, ...]] = ("alignment", "frechet_real")  # over all images of a row
 _RATIOS: Final[tuple[Metric, ...]] = ("mse", "frechet_fp")  # distances, which are compared as ratios too
 
@@ -154,18 +154,24 @@ def measure(
 
 
 def evaluation_prompts(loaded: LoadedModel, count: int, kept_out: set[str]) -> tuple[str, ...]:
-    """The model's own prompts without those that a calibration has seen.
+    """The model's own prompts; those that a calibration has seen give way to others of as many words.
+
+    All others keep their place, and with it their noise, whatever is kept out.
 
     Raises:
-        RecipeError: hardly any other prompts are left.
+        RecipeError: there are not enough others.
     """
-    drawn = 2 * count
-    while drawn <= 64 * count:
-        prompts = [prompt for prompt in prompts_for(loaded, drawn, _PROMPT_SEED) if prompt not in kept_out]
-        if len(prompts) >= count:
-            return tuple(prompts[:count])
-        drawn *= 2
-    raise RecipeError(f"calibration uses nearly all prompts of {loaded.name}; calibrate with fewer prompts")
+    drawn = prompts_for(loaded, _SPARE * count, _PROMPT_SEED)
+    spare = [prompt for prompt in drawn[count:] if prompt not in kept_out]
+    prompts = drawn[:count]
+    for index, prompt in enumerate(prompts):
+        if prompt in kept_out:
+            other = next((found for found in spare if len(found.split()) == len(prompt.split())), None)
+            if other is None:
+                raise RecipeError(f"calibration uses too many prompts of {loaded.name}; calibrate with fewer prompts")
+            spare.remove(other)
+            prompts[index] = other
+    return tuple(prompts)
 
 
 def error_per_step(store: RowStore, reference: RowStore) -> list[dict[str, float]]:
@@ -206,7 +212,9 @@ def _calibration_prompts(loaded: LoadedModel, rows: Sequence[Row]) -> set[str]:
         if row.recipe is not None:
             prompts |= set(calibration_prompts(loaded, row.recipe.calibration))
             if row.recipe.bit_allocation is not None:
-                prompts |= set(prompts_for(loaded, _ALLOCATION_PROMPTS, row.recipe.bit_allocation.seed))
+                settings = row.recipe.bit_allocation
+                count = max(settings.images, settings.candidate_images)
+                prompts |= set(prompts_for(loaded, count, settings.seed))
     return prompts
 
 
