@@ -133,10 +133,12 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _translate(  # noqa: PLR0913  the signature of the operator
-    x: Any, scale: Any, zero_point: Any, row: Any, qmin: int, qmax: int, axis: int
+    x: Any, scale: Any, zero_point: Any, row: Any, qmin: int, qmax: int, axis: int, mode: Any = None
 ) -> Any:
     dialect = values.Opset(DOMAIN, VERSION)
-    inputs = (x, scale, zero_point) if row is None else (x, scale, zero_point, row)
+    inputs = [x, scale, zero_point, row, mode]
+    while inputs[-1] is None:
+        inputs.pop()
     return dialect.FakeQuantize(*inputs, qmin=qmin, qmax=qmax, axis=axis)
 
 
