@@ -235,10 +235,7 @@ class _Steps(nn.Module):
         install_step_rows(self, StepRows([900, 500, 100], 1000, context))
 
     def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-        if self.recompute:
-            y: Tensor = checkpoint(self.layer, x, use_reentrant=False)
-            return y
-        y = self.layer(x)
+        y: Tensor = checkpoint(self.layer, x, use_reentrant=False) if self.recompute else self.layer(x)
         return y
 
 
