@@ -24,7 +24,7 @@ _WORST_SHOWN = 5
 def _sweep_options(function: _F) -> _F:
     for option in (
         click.option(
-            "--ray", metavar="ADDRESS", help="Measure on this Ray cluster (auto, host:6379, ray://...; local)."
+            "--ray", metavar="ADDRESS", help="Measure on this Ray cluster (auto, host:6379; local starts one)."
         ),
         click.option(
             "--workers", type=click.IntRange(1), default=1, show_default=True,

@@ -148,7 +148,7 @@ def _allocate(
 
     with contextlib.ExitStack() as stack:
         folder = settings.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qdexport-sweep-")))
-        count = settings.workers or os.cpu_count() or 1
+        count = settings.workers or (1 if settings.ray else os.cpu_count() or 1)  # on Ray 1 stands for all cores
         run = SweepRun(folder=folder, workers=Workers(count=count, ray=settings.ray), progress=progress)
         plan = allocate_bits(loaded, plans, recipe, observations, settings.target, run)
         plan.save(folder / BIT_PLAN_FILE)

@@ -35,8 +35,8 @@ class Workers:
     Attributes:
         count: processes on this machine; 1 works in the calling process. On Ray the most tasks at once, where 1
             stands for as many as the cluster has cores.
-        ray: address of a Ray cluster (``auto``, ``host:6379``, ``ray://host:10001``; ``local`` starts one on this
-            machine), or None.
+        ray: address of a Ray cluster (``auto``, ``host:6379``; ``local`` starts one on this machine), or None. Its
+            machines need this package and the model at the same path.
     """
 
     count: int = 1
@@ -185,7 +185,8 @@ def _connected(address: str) -> Any:
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise MissingDependencyError(
-            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, or use --ray local"
+            f"no Ray cluster can be used at {address!r} ({error}); start one with `ray start --head` (one with tokens "
+            "wants RAY_AUTH_TOKEN), or use --ray local"
         ) from error
     return ray
 
