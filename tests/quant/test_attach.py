@@ -27,6 +27,7 @@ from qdexport.quant.attach import (
 from qdexport.quant.modules import QuantConv2d, QuantLinear, QuantSplitConv2d
 from qdexport.quant.plan import activation_keys, plan_layers
 from qdexport.quant.ranges import ActivationRanges, given_ranges
+from qdexport.quant.softmax import SoftmaxParameters
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -251,3 +252,62 @@ def test_shared_copy_keeps_ties() -> None:
     assert half["a"].weight is half["b"].weight
     assert half["a"].weight.dtype == torch.float16
     assert half["a"].steps.dtype == torch.int64
+
+
+# channel scales, groups of steps, softmax
+
+
+def _scaled(make_recipe: MakeRecipe, model: LoadedModel, ratio: Tensor) -> tuple[list[LayerPlan], ActivationRanges]:
+    plans = plan_layers(model.denoiser, make_recipe(channel_scale={"match": "conv_in"}))
+    plain = given_ranges([replace(plan, channel_scale=False) for plan in plans], -4, 5)
+    return plans, replace(plain, channel_ratios={"conv_in": ratio})
+
+
+def test_ratios_reach_layer_and_weight_scale(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    ratio = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    plans, ranges = _scaled(make_recipe, tiny, ratio)
+    model = quantize_model(tiny, plans, make_recipe(), ranges)
+    layer = model.denoiser.get_submodule("conv_in")
+    assert isinstance(layer, QuantConv2d)
+    assert layer.channel_scale is not None
+    assert torch.equal(layer.channel_scale.ratio.flatten(), ratio)
+    plain = tiny.denoiser.get_submodule("conv_in")
+    assert layer.weight is plain.weight  # r is not folded into what is shared
+    spec = layer.weight_quantizer.spec
+    assert torch.equal(layer.weight_quantizer.scale, weight_scale(plain.weight * ratio.reshape(1, -1, 1, 1), spec))
+    others = [item for item in model.denoiser.modules() if isinstance(item, QuantConv2d) and item is not layer]
+    assert all(item.channel_scale is None for item in others)
+
+
+def test_ratios_of_another_width_are_refused(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    plans, ranges = _scaled(make_recipe, tiny, torch.ones(3))
+    with pytest.raises(ModelError, match=r"ratios of conv_in have shape \[3\], and layer conv_in has 4 input channels"):
+        quantize_model(tiny, plans, make_recipe(), ranges)
+
+
+def test_rows_of_grouped_steps_are_equal_in_the_tables(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(activation_rows={"method": "uniform", "count": 2})
+    plans = plan_layers(tiny.denoiser, recipe)
+    ranges = _stepped(plans, (901, 601, 1))
+    high = {key: end[[0, 0, 2]] for key, end in ranges.high.items()}
+    model = quantize_model(tiny, plans, recipe, replace(ranges, low={k: -e for k, e in high.items()}, high=high))
+    scale = model.denoiser.get_submodule("conv_in").input_quantizer.scale
+    assert scale.shape == (3,)
+    assert scale[0] == scale[1] != scale[2]
+    assert model.rows == 3
+
+
+def test_softmax_tables_select_rows_too(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    """A model whose only table is behind a softmax looks its rows up as well."""
+    recipe = make_recipe()
+    plans = plan_layers(tiny.denoiser, recipe)
+    block = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    parameters = SoftmaxParameters(bits=2, scale=torch.tensor([0.3, 1.0]), mode=torch.tensor([0.0, 1.0]))
+    ranges = replace(given_ranges(plans, -4, 5), softmax={block: parameters}, timesteps=(901, 1))
+    model = quantize_model(tiny, plans, recipe, ranges)
+    assert model.rows == 2
+    inputs = _inputs(tiny, recipe)
+    for timestep, row in ((999, 0), (2, 1)):
+        _predict(model.denoiser, {**inputs, "timestep": torch.tensor([timestep])})
+        assert model.context.row is not None
+        assert model.context.row.tolist() == [row]
