@@ -10,7 +10,7 @@ from qdexport.core.files import write_json
 from qdexport.core.recipe import BitAllocation
 from qdexport.models.load import load_model
 from qdexport.pipeline.quantize import QuantizeSettings, observe_model, plan_model
-from qdexport.quant.allocation import allocate
+from qdexport.quant.allocation import allocate, checked_settings
 from qdexport.quant.partial import ScaledRanges
 from qdexport.quant.result_cache import SweepRun
 from qdexport.quant.sensitivity import measure_sensitivity
@@ -82,6 +82,7 @@ def write_bit_plan(job: AllocationJob, progress: ProgressSink) -> BitPlan:
         RecipeError: the recipe does not fit the model, or asks for what no plan can have.
         ModelError: the model cannot be sampled.
     """
+    checked_settings(job.recipe)  # before anything long is started
     with progress.stage("calibrate"):
         prepared = _prepare(job, progress)
     with progress.stage("allocate"):

@@ -24,7 +24,7 @@ from qdexport.quant.result_cache import SweepRun
 from qdexport.quant.sensitivity import measure_sensitivity
 from qdexport.quant.sensitivity_table import Group, Part, SensitivityTable
 
-__all__ = ["Allocation", "ScannedPlan", "allocate", "allocate_bits"]
+__all__ = ["Allocation", "ScannedPlan", "allocate", "allocate_bits", "checked_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,7 @@ def allocate(
             within reach.
         ModelError: the model cannot be sampled.
     """
-    settings = recipe.bit_allocation
-    if settings is None or (settings.weight_target is None and settings.activation_target is None):
-        raise RecipeError(
-            "bit allocation needs bit_allocation.weight_target or bit_allocation.activation_target in the recipe "
-            "(or --target-bits)"
-        )
+    settings = checked_settings(recipe)
     table = measure_sensitivity(loaded, plans, recipe, observations, run, _needed_parts(settings))
     search = _Search(loaded, plans, recipe, observations, target, run)
     protected = _in_floating_point(plans, settings, table)
@@ -147,6 +142,21 @@ def allocate(
         layers=layers,
     )
     return Allocation(plan=plan, scanned=tuple(scanned), sensitivity=table)
+
+
+def checked_settings(recipe: Recipe) -> BitAllocation:
+    """What a recipe says about bit allocation.
+
+    Raises:
+        RecipeError: it asks for none.
+    """
+    settings = recipe.bit_allocation
+    if settings is None or (settings.weight_target is None and settings.activation_target is None):
+        raise RecipeError(
+            "bit allocation needs bit_allocation.weight_target or bit_allocation.activation_target in the recipe "
+            "(or --target-bits)"
+        )
+    return settings
 
 
 Widths = dict[str, tuple[int, int]]
