@@ -244,10 +244,14 @@ def _blocks(
 def _middle_blocks(
     before: list[tuple[int, Dimension]], after: list[tuple[int, Dimension]]
 ) -> Iterator[tuple[list[tuple[int, Dimension]], list[tuple[int, Dimension]]]]:
-    """The shortest runs between equal ends; one run where a size is only known when the network runs."""
-    if _elements(before) is None or _elements(before) != _elements(after):
+    """The shortest runs between equal ends; what stands in front of sizes that are all known is one run."""
+    known = _known_tail(before), _known_tail(after)
+    if _elements(known[0]) != _elements(known[1]):
         yield before, after
         return
+    if len(known[0]) < len(before) or len(known[1]) < len(after):
+        yield before[: len(before) - len(known[0])], after[: len(after) - len(known[1])]
+    before, after = known
     while before and after:
         old, new = [before.pop(0)], [after.pop(0)]
         while (have := _elements(old)) != (need := _elements(new)):
@@ -258,6 +262,12 @@ def _middle_blocks(
             else:
                 new.append(after.pop(0))
         yield old, new
+
+
+def _known_tail(axes: list[tuple[int, Dimension]]) -> list[tuple[int, Dimension]]:
+    """The last axes, as far as their sizes are known."""
+    unknown = [place for place, (_, size) in enumerate(axes) if not isinstance(size, int)]
+    return axes[unknown[-1] + 1 :] if unknown else list(axes)
 
 
 def _elements(axes: list[tuple[int, Dimension]]) -> int | None:

@@ -438,8 +438,9 @@ def test_a_computed_factor_passes_the_channels_on(graphs, noise):
     ran.assert_equal()
 
 
-def test_batches_of_unknown_size(graphs, noise):
-    """Heads are split and joined by sizes that are known; the others are equal symbols on both sides."""
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_batches_of_unknown_size(graphs, noise, tokens):
+    """Heads are split and joined by sizes that are known; the others are equal symbols on both sides, or nameless."""
     lines = [
         *quantized(graphs, "to_v", "x", "v"),
         '["attn/Reshape"] vh = Reshape(v, heads)',
@@ -451,7 +452,7 @@ def test_batches_of_unknown_size(graphs, noise):
         *quantized(graphs, "to_out.0", "os", "y"),
     ]
     constants = {
-        **STATIC, "heads": np.array([0, 0, 2, 4]), "joined": np.array([0, 0, 8]),
+        **STATIC, "heads": np.array([0, tokens, 2, 4]), "joined": np.array([0, tokens, 8]),
         "inv": inverse_of(noise, 8, "powers of two"),
         **weights(graphs, noise, "to_v", 6, 8), **weights(graphs, noise, "to_out.0", 8, 3),
     }  # fmt: skip
