@@ -38,16 +38,35 @@ _ROUNDS = 2  # a rewritten node makes others constant
 # The exporter's own optimizer also joins two Slices to a Split, for which it compares every node with all others: that
 # alone takes as long as the rest of the export. Denoisers have no such pairs.
 _RULES = (
-    rules.mul_by_1_rule, *rules.mul_by_1_rule.commute(), rules.add_0_rule, *rules.add_0_rule.commute(),
-    rules.sub_0_rule, rules.div_by_1_rule, rules.dropout_zero_rule, rules.dropout_inference_rule,
-    rules.one_reshape_matmul_reshape_rule, rules.two_reshapes_matmul_reshape_rule,
-    rules.cast_constant_of_shape_rule, rules.cast_constant_of_shape_without_value_rule,
-    rules.collapse_slice_rule, rules.collapse_slice2_rule, rules.materialize_reshape_shape_rule,
-    rules.cast_cast_rule, rules.no_op_cast_rule, rules.no_op_expand_rule, rules.no_op_transpose_rule,
-    rules.flatten_to_reshape_rule, rules.reshape_reshape_rule, rules.squeeze_reshape_1d_rule,
-    rules.transpose_transpose_rule, rules.unsqueeze_unsqueeze_rule,
-    rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule, rules.remove_optional_bias_from_conv_rule,
+    rules.mul_by_1_rule,
+    *rules.mul_by_1_rule.commute(),
+    rules.add_0_rule,
+    *rules.add_0_rule.commute(),
+    rules.sub_0_rule,
+    rules.div_by_1_rule,
+    rules.dropout_zero_rule,
+    rules.dropout_inference_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.cast_cast_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.normalize_pad_format_conv_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.remove_optional_bias_from_conv_rule,
 )
+_CHATTERERS = ("torch.onnx._internal.exporter._registration", "onnxscript.optimizer._constant_folding")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +105,7 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
     inputs = example_inputs(io, seed=0)
     with _quiet(), torch.no_grad():
         try:
-            exported = torch.export.export(
-                _NamedInputs(denoiser), (inputs,), dynamic_shapes=_dynamic_shapes(io)
-            )
+            exported = torch.export.export(_NamedInputs(denoiser), (inputs,), dynamic_shapes=_dynamic_shapes(io))
         except Exception as error:
             raise CaptureError(f"torch.export cannot trace {type(denoiser).__name__}: {_first_line(error)}") from error
         try:
@@ -107,7 +124,8 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
     if program is None:
         raise CaptureError("the ONNX exporter returned nothing")
     model: ir.Model = program.model
-    _simplify(model)
+    with _quiet():
+        _simplify(model)
     lengths = {name: len(item) for name, item in denoiser.named_modules() if isinstance(item, nn.ModuleList)}
     name_nodes(model, _PREFIX, lengths)
     logger.info("captured %d nodes", len(model.graph))
@@ -165,10 +183,11 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the exporter's own chatter (torchvision absent, its deprecations) off the user's terminal."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+    """Keeps the exporter's own chatter (torchvision absent, its deprecations, what it cannot fold) off the terminal."""
+    loggers = [logging.getLogger(name) for name in _CHATTERERS]
+    levels = [item.level for item in loggers]
+    for item in loggers:
+        item.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning, module=copyreg.__name__)
@@ -177,4 +196,5 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", category=UserWarning, module="torch")
             yield
     finally:
-        registration.setLevel(level)
+        for item, level in zip(loggers, levels, strict=True):
+            item.setLevel(level)

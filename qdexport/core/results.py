@@ -116,6 +116,7 @@ class Coverage(_Record):
     why: dict[str, str] = Field(default_factory=dict)
     notes: dict[str, str] = Field(default_factory=dict)
     macs_planned_share: float = 0.0
+    average_weight_bits: float | None = None
     mismatches: list[str] = Field(default_factory=list)
 
 

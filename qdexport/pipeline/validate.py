@@ -23,7 +23,7 @@ from qdexport.models.sampling import prompts_for
 from qdexport.pipeline.lower import stores_int4_weights
 from qdexport.pipeline.sampling import save_images
 from qdexport.pipeline.workspace import Made
-from qdexport.quant.plan import macs_share
+from qdexport.quant.plan import average_weight_bits, macs_share
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -94,6 +94,7 @@ def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None, *, in
         },
         why={part: layer.why for layer in model.plans for part in layer.parts},
         macs_planned_share=macs_share(model.plans),
+        average_weight_bits=average_weight_bits(model.denoiser, model.plans),
         mismatches=audit(planned, emitted, compiled),
     )
 

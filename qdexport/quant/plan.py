@@ -23,12 +23,14 @@ from qdexport.models.denoiser import (
 )
 from qdexport.quant.bos import bos_layers
 
-__all__ = ["activation_keys", "macs_share", "plan_layers"]
+__all__ = ["activation_keys", "average_weight_bits", "macs_share", "plan_layers"]
 
 logger = logging.getLogger(__name__)
 
 LayerKind = Literal["conv", "linear"]
 
+IDLE = "does not run"
+_FP_BITS = 16
 _WEIGHT_OBSERVERS = ("minmax", "mse")
 
 
@@ -78,7 +80,7 @@ def plan_layers(
             activation=None,
             folded=name in folded,
             macs=(macs or {}).get(name, 0),
-            why=_reason(recipe, number, rule, name in folded) if runs else "does not run",
+            why=_reason(recipe, number, rule, name in folded) if runs else IDLE,
         )
         if rule is not None and rule.activation is not None and runs and not plan.folded:
             plan = replace(
@@ -114,6 +116,18 @@ def activation_keys(plan: LayerPlan) -> tuple[str, ...]:
     if plan.splits:
         return tuple(f"{plan.group}#{index}" for index in range(len(plan.splits)))
     return (plan.group,)
+
+
+def average_weight_bits(denoiser: nn.Module, plans: Iterable[LayerPlan]) -> float:
+    """Bits per weight of all layers that are not folded, protected ones at their width, floating-point ones at 16."""
+    bits = weights = 0
+    for plan in plans:
+        if plan.folded or plan.why == IDLE:
+            continue
+        count = denoiser.get_parameter(f"{plan.name}.weight").numel()
+        bits += count * (plan.weight.bits if plan.quantized and plan.weight is not None else _FP_BITS)
+        weights += count
+    return bits / weights if weights else 0.0
 
 
 def macs_share(plans: Iterable[LayerPlan]) -> float:

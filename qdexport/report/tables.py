@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qdexport.report.facts import IDENTICAL_DB, agrees, decibel, duration, number, rate
 
 if TYPE_CHECKING:
-    from qdexport.core.results import KernelFact, Plan, Quality, Report, StageFacts
+    from qdexport.core.results import Coverage, KernelFact, LayerParity, Plan, Quality, Report, StageFacts
 
 __all__ = ["Bar", "LayerRow", "QualityRow", "kernel_bars", "layer_rows", "quality_rows", "stage_bars"]
 
@@ -69,9 +69,7 @@ def quality_rows(quality: Quality) -> list[QualityRow]:
     """The scores that were measured."""
     rows = []
     for key, label, note in _SCORES:
-        values = [
-            getattr(part, key) if part else None for part in (quality.fp, quality.quantized, quality.onnx)
-        ]
+        values = [getattr(part, key) if part else None for part in (quality.fp, quality.quantized, quality.onnx)]
         if any(value is not None for value in values):
             rows.append(QualityRow(label, note, *(_score(key, value) for value in values)))
     return rows
@@ -106,10 +104,37 @@ def layer_rows(report: Report, plan: Plan | None) -> list[LayerRow]:
                 flips_key=flips,
                 kernels=tuple(ran),
                 kernel_summary=_summary(ran),
-                why=coverage.why.get(name) or coverage.why.get(base, ""),
+                why=_story(coverage, name),
             )
         )
-    return rows
+    return rows + [_quantizer_row(coverage, parity, name) for name in coverage.notes if name not in coverage.planned]
+
+
+def _story(coverage: Coverage, name: str) -> str:
+    """Why a layer is as it is, and what became of its mechanisms."""
+    base = name.partition("#")[0]
+    told = (coverage.why.get(name) or coverage.why.get(base, ""), coverage.notes.get(name) or coverage.notes.get(base))
+    return "; ".join(part for part in told if part)
+
+
+def _quantizer_row(coverage: Coverage, parity: dict[str, LayerParity], name: str) -> LayerRow:
+    """What is no layer but has a quantizer of its own: attention probabilities."""
+    measured = parity.get(name)
+    return LayerRow(
+        name=name,
+        bits="",
+        planned="-",
+        onnx="-",
+        engine="-",
+        agrees=True,
+        sqnr=decibel(measured.sqnr_db) if measured else "",
+        sqnr_key=min(measured.sqnr_db, IDENTICAL_DB) if measured else None,
+        flips=rate(measured.code_flip_rate) if measured else "",
+        flips_key=measured.code_flip_rate if measured else None,
+        kernels=(),
+        kernel_summary="",
+        why=coverage.notes[name],
+    )
 
 
 def kernel_bars(kinds: dict[str, int]) -> list[Bar]:

@@ -94,6 +94,8 @@ def _layers(coverage: Coverage) -> Text:
     rest = len(coverage.planned) - planned
     if rest:
         text.append(f"; {rest} others ({facts.other_kinds(coverage)})")
+    if coverage.average_weight_bits:
+        text.append(f"; {coverage.average_weight_bits:.2f} bits per weight")
     return text
 
 
