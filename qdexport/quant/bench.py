@@ -170,7 +170,8 @@ def bench_digest(loaded: LoadedModel, request: SampleRequest, calls: int) -> str
     modules = {name: weights_sha256(part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
     scheduler = dict(loaded.scheduler.config) if loaded.scheduler is not None else {}
     kind = type(loaded.scheduler).__name__
-    return digest_of(__version__, modules, kind, scheduler, asdict(loaded.defaults), asdict(request), calls)
+    versions = [__version__, torch.__version__]
+    return digest_of(versions, modules, kind, scheduler, asdict(loaded.defaults), asdict(request), calls)
 
 
 def record(loaded: LoadedModel, request: SampleRequest, calls: int, *, images: bool) -> Reference:

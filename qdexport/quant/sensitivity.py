@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from qdexport.core.recipe import BitAllocation, Recipe
@@ -198,7 +198,7 @@ def _task(
         part=part,
         name=name,
         group=group,
-        plans=plans,
+        plans=tuple(replace(plan, why="") for plan in plans),  # the reason decides nothing
         widths=tuple(widths),
         ends={bits: plain_ends(ranges) for bits, ranges in found.items()},
         ratio=None if ratio is None else tuple(ratio.tolist()),
