@@ -106,7 +106,9 @@ class ChannelScale(_Matching):
     choose_ratio: bool = Field(
         default=True, description="per layer the cut-off, up to max_ratio, of least error of the layer's output"
     )
-    power_of_two: bool = Field(default=False, description="round r to powers of two: moving it changes no bit anywhere")
+    power_of_two: bool = Field(
+        default=True, description="round r to powers of two: moving it then changes no bit anywhere"
+    )
 
 
 class SoftmaxQuant(_Matching):
