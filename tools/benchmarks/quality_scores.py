@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -157,7 +157,8 @@ def estimate(scored: Scored, metric: Metric, images: int | None = None) -> Estim
     function = _function(scored, metric)
     if function is None or count < 2:
         return None
-    return _interval(function, metric, count)
+    found = _interval(function, metric, count)
+    return replace(found, low=max(found.low, 0.0)) if metric in _FRECHET else found  # moved back, but never below 0
 
 
 def paired_difference(row_a: Scored, row_b: Scored, metric: Metric, images: int | None = None) -> Estimate | None:
