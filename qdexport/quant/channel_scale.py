@@ -10,7 +10,7 @@ from torch import Tensor
 from qdexport.core.spec import QuantSpec
 from qdexport.quant.observers import NonFiniteError, RangeObserver
 
-__all__ = ["ChannelObserver", "cut_off", "cut_offs", "joint_ratio", "step_groups_uniform"]
+__all__ = ["ChannelObserver", "cut_off", "cut_offs", "grouped_peaks", "joint_ratio"]
 
 # a dead channel must not make every other factor infinite (methods.md 4.4)
 _SMALLEST_PEAK = 1e-5
@@ -92,12 +92,6 @@ def cut_offs(limit: float) -> list[float]:
     while tried[-1] * 1.5 < limit:
         tried.append(tried[-1] * 1.5)
     return [*tried, limit]
-
-
-def step_groups_uniform(steps: int, groups: int) -> tuple[int, ...]:
-    """The group of every step: equal stretches of the schedule."""
-    count = min(groups, steps)
-    return tuple(step * count // steps for step in range(steps))
 
 
 def grouped_peaks(peaks: Tensor, group_of_step: Sequence[int]) -> Tensor:

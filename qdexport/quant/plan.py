@@ -101,10 +101,6 @@ def plan_layers(
     return plans
 
 
-def _kinds_of(recipe: Recipe) -> tuple[LayerKind, ...]:
-    return () if recipe.channel_scale is None else recipe.channel_scale.kinds
-
-
 def _is_scaled(settings: ChannelScale | None, name: str, kind: LayerKind) -> bool:
     return settings is not None and kind in settings.kinds and settings.chooses(name)
 

@@ -22,7 +22,6 @@ from qdexport.quant.channel_scale import (
     cut_offs,
     grouped_peaks,
     joint_ratio,
-    step_groups_uniform,
 )
 from qdexport.quant.modules import (
     ActivationQuantizer,
@@ -100,8 +99,6 @@ def test_tried_cut_offs_run_from_no_change_to_the_limit() -> None:
 
 
 def test_groups_of_peaks() -> None:
-    assert step_groups_uniform(5, 2) == (0, 0, 0, 1, 1)
-    assert step_groups_uniform(2, 5) == (0, 1)
     peaks = torch.tensor([[1.0, 5.0], [4.0, 2.0], [3.0, 3.0]])
     assert grouped_peaks(peaks, (0, 0, 1)).tolist() == [[4, 5], [3, 3]]
 
