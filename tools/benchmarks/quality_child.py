@@ -100,6 +100,7 @@ def main(spec_path: str) -> None:
     facts["prepare_seconds"] = round(time.perf_counter() - started, 2)
     _sample_batches(spec, loaded, denoiser, progress)
     facts["seconds"] = round(time.perf_counter() - started, 2)
+    facts["cpu_seconds"] = round(time.process_time(), 2)
     write_facts(Path(spec["facts"]), facts)
     for calibration in Path(spec["state"]).glob("*.safetensors"):
         calibration.unlink()  # large, and made again in seconds; sensitivities stay

@@ -170,7 +170,7 @@ def _plots(pictures: Mapping[str, str]) -> str:
 
 def _repeat(figures: Mapping[str, Any]) -> str:
     state = figures["machine"]
-    seconds = sum(row.get("seconds", 0.0) for row in figures["rows"].values())
+    seconds = sum(row.get("cpu_seconds", row.get("seconds", 0.0)) for row in figures["rows"].values())
     return f"""\
 ## To repeat it
 
@@ -181,7 +181,7 @@ python tools/bench_quality.py --row 'mixdq-*' --json    some rows
 ```
 
 Images are kept in `.bench-quality/`, so an interrupted run goes on where it was. They are made anew when a recipe, the
-model or the code of qdexport changes; `--reuse` keeps them when only the code has. Sampling took {seconds / 60:.0f}
+model or the code of qdexport changes; `--reuse` keeps them when only the code has. The rows took {seconds / 60:.0f}
 minutes of one core ({state["processor"]}, {state["cores"]} cores).
 """
 
