@@ -25,7 +25,7 @@ def recipes(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         recipe = load_recipe(name)
-        click.echo(recipe.model_dump_json(indent=2) if as_json else recipe.to_yaml(), nl=as_json)
+        click.echo(recipe.model_dump_json(indent=2) if as_json else _comments(name) + recipe.to_yaml(), nl=as_json)
         return
     loaded = [load_recipe(preset) for preset in preset_names()]
     if as_json:
@@ -40,3 +40,11 @@ def recipes(name: str | None, as_json: bool) -> None:
     for recipe in loaded:
         table.add_row(recipe.name, recipe.description)
     Console(highlight=False).print(table)
+
+
+def _comments(name: str) -> str:
+    """What a preset's file says about where it comes from; nothing for a file of the user's."""
+    from qdexport.core.recipe import preset_names, preset_text
+
+    lines = preset_text(name).splitlines(keepends=True) if name in preset_names() else []
+    return "".join(line for line in lines if line.startswith("#"))
