@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch import nn
 
-from qdexport.core.recipe import BitAllocation, Recipe
+from qdexport.core.recipe import BitAllocation, ChannelScale, Recipe
 from qdexport.core.spec import LayerPlan
+from qdexport.core.target import TARGETS
 from qdexport.errors import MissingDependencyError, ModelError, RecipeError
 from qdexport.models.loaded import LoadedModel
-from qdexport.pipeline.quantize import plan_model
+from qdexport.pipeline.quantize import QuantizeSettings, observe_model, plan_model
 from qdexport.quant.affine import fake_quantize_reference
-from qdexport.quant.attach import shared_copy
+from qdexport.quant.attach import quantize_model, shared_copy
 from qdexport.quant.bench import BEST_DB, Bench, record
 from qdexport.quant.calibrate import Observations, observe
 from qdexport.quant.layer_groups import chosen_layers, group_of, path_matches
 from qdexport.quant.modules import QuantConv2d, QuantLinear, QuantSplitConv2d
-from qdexport.quant.partial import partly_quantized, unused_ranges, with_bits
+from qdexport.quant.partial import ScaledRanges, partly_quantized, unused_ranges, with_bits
 from qdexport.quant.result_cache import SweepRun
 from qdexport.quant.sensitivity import measure_sensitivity, reference_request, sweep_tasks
 from qdexport.quant.sensitivity_table import LayerSensitivity, SensitivityTable
@@ -461,3 +462,35 @@ def test_an_entry_without_the_width_lists_what_there_is() -> None:
     entry = LayerSensitivity(part="weight", name="l", layers=("l",), group="quality", metric="sqnr_db", values={8: 1.0})
     with pytest.raises(ModelError, match="not measured at 2 bits, only at 8"):
         entry.at(2)
+
+
+def test_channel_scales_and_rows_per_step_are_as_in_the_final_model(
+    tiny: LoadedModel, few_recipe: Recipe, tmp_path: Path
+) -> None:
+    """One layer quantized by the sweep is the same layer quantized by the pipeline."""
+    name = "mid_block.resnets.0.conv1"
+    rule = few_recipe.rules[0].model_copy(update={"match": name})
+    changes = {
+        "rules": (rule,),
+        "activation_rows": "per_step",
+        "channel_scale": ChannelScale(groups=2, choose_ratio=False),
+    }
+    recipe = few_recipe.model_copy(update=changes)
+    plans = plan_model(tiny, recipe)
+    settings = QuantizeSettings(target=TARGETS["onnxruntime"])
+    observations, ratios = observe_model(tiny, plans, recipe, settings, Recorder())
+    (group,) = ratios
+    assert ratios[group].max() > 1
+    ranges = ScaledRanges(observations=observations, channel_ratios=ratios)
+    final = quantize_model(tiny, plans, recipe, ranges.ranges(plans))
+    table = measure_sensitivity(tiny, plans, recipe, ranges, SweepRun(folder=tmp_path))
+    (plan,) = (plan for plan in plans if plan.quantized)
+    assert plan.channel_scale
+    (task,) = sweep_tasks(plans, BitAllocation(), ranges, ["activation"])
+    assert len(task.timesteps) == 2
+    twin = partly_quantized(tiny.denoiser, task.planned(8), task.ranges(8), "both", TRAINING_STEPS)
+    bench = Bench(loaded=tiny, reference=record(tiny, reference_request(tiny, recipe, 2), 3, images=False))
+    assert bench.sqnr_db(twin) == bench.sqnr_db(final.denoiser)
+    # input and weight alone are each nearer than both together
+    for part in ("weight", "activation"):
+        assert table.of_layer(part, name).at(8) > bench.sqnr_db(twin)  # type: ignore[arg-type]
