@@ -69,7 +69,10 @@ class RangeObserver(ABC):
         """Marks the end of one batch of prompts (all its steps)."""
 
     def merged(self, group_of_row: Sequence[int]) -> RangeObserver:
-        """An observer of groups of rows, from what was seen of the single rows; this one stays as it is."""
+        """An observer of groups of rows, from what was seen of the single rows; this one stays as it is.
+
+        Counts add up; of ends, and of moving averages of ends, a group takes the widest of its rows.
+        """
         joined = copy.copy(self)
         for name, tensor in self.state().items():
             setattr(joined, name, _join(name, tensor, group_of_row))

@@ -84,7 +84,7 @@ def _observed(denoiser: nn.Module, plans: Sequence[LayerPlan]) -> ActivationRang
 
     first = {plan.group: plan for plan in reversed(plans) if plan.activation is not None and plan.quantized}
     specs = {key: plan.activation for key, plan in first.items() if plan.activation is not None}
-    observers = {key: make_observer(spec.observer, 1, name=key, seed=0) for key, spec in specs.items()}
+    observers = {key: make_observer(spec.observer, 1) for key, spec in specs.items()}
     handles = [
         denoiser.get_submodule(plan.name).register_forward_pre_hook(partial(_observe, observers[key]))
         for key, plan in first.items()
