@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 import tempfile
@@ -13,9 +14,9 @@ import click
 import yaml
 from benchmarks.scale import MODELS, ScaleJob, run_scale
 
-from qdexport.core.recipe import load_recipe
+from qdexport.core.recipe import load_recipe, preset_names
 from qdexport.core.target import target_named
-from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError, RecipeError
+from qdexport.errors import INTERRUPTED_EXIT_CODE, ParityError, QdExportError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ Examples:
   python tools/bench_scale.py --model sd15 --recipe w8a8-timestep --json
   python tools/bench_scale.py --model sdxl --out out/sdxl         keep the files (16 GB of disk)
   python tools/bench_scale.py --model sd15 --set shapes.batch=4
+  python tools/bench_scale.py --model tiny_sd --recipe all --parity
+  python tools/bench_scale.py --model sd15 --recipe mixdq-w4a8 --parity --set shapes.height=16 --set shapes.width=16
 """
 # its FP16 plan takes more memory to build than all else here
 _TOO_LARGE = ("sdxl",)
@@ -41,7 +44,14 @@ _TOO_LARGE = ("sdxl",)
     show_default=True,
     help="Size of UNet; repeatable.",
 )
-@click.option("--recipe", default="w8a8", show_default=True, help="A preset or a .yaml file.")
+@click.option(
+    "--recipe",
+    "recipes",
+    multiple=True,
+    default=("w8a8",),
+    show_default=True,
+    help="A preset, a .yaml file, or all for every preset; repeatable.",
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe.")
 @click.option(
     "--capability",
@@ -53,7 +63,8 @@ _TOO_LARGE = ("sdxl",)
     help="Compute capability of the engine; repeatable.",
 )
 @click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Sampling steps (DDIM).")
-@click.option("--seed", default=0, show_default=True, help="Chooses the activation ranges.")
+@click.option("--seed", default=0, show_default=True, help="Chooses all that is given.")
+@click.option("--parity", is_flag=True, help="Also compare every quantized layer of the ONNX file with PyTorch.")
 @click.option(
     "--fp16-baseline/--no-fp16-baseline",
     default=None,
@@ -63,35 +74,39 @@ _TOO_LARGE = ("sdxl",)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; nothing else.")
 def cli(  # noqa: PLR0913  one argument per option
     models: tuple[str, ...],
-    recipe: str,
+    recipes: tuple[str, ...],
     assignments: tuple[str, ...],
     capabilities: tuple[str, ...],
     steps: int,
     seed: int,
+    parity: bool,
     fp16_baseline: bool | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Quantize UNets of real sizes (random weights, FP16, given activation ranges), export and build them for
-    TensorRT-RTX, and show what it takes.
+    """Quantize UNets of real sizes (random weights, FP16), export and build them for TensorRT-RTX, and show what
+    it takes. Activation ranges, widths of mixed precision, and what else a calibration would find are given.
 
     Exporter and builder each run in a process of their own; peak memory is that of the larger one. With
-    several models the JSON object holds a list under "models".
+    several models or recipes the JSON object holds a list under "models". The tool fails when a layer is not of the
+    type that was planned.
     """
     from qdexport.cli.progress import Progress
 
-    chosen = load_recipe(recipe, _overrides(assignments))
+    names = [name for given in recipes for name in (preset_names() if given == "all" else [given])]
+    chosen = [load_recipe(name, _overrides(assignments)) for name in dict.fromkeys(names)]
     progress = Progress(quiet=as_json)
     results = []
     with _work_folder(out) as folder:
-        for model in dict.fromkeys(models):
+        for recipe, model in itertools.product(chosen, dict.fromkeys(models)):
             job = ScaleJob(
                 model=model,
-                recipe=chosen,
+                recipe=recipe,
                 target=target_named("tensorrt-rtx"),
                 capabilities=capabilities,
                 steps=steps,
                 seed=seed,
+                parity=parity,
                 fp16_baseline=model not in _TOO_LARGE if fp16_baseline is None else fp16_baseline,
                 folder=folder,
             )
@@ -99,7 +114,19 @@ def cli(  # noqa: PLR0913  one argument per option
     if as_json:
         click.echo(json.dumps(results[0] if len(results) == 1 else {"models": results}, indent=2))
     else:
-        _show(results)
+        for _, group in itertools.groupby(results, key=lambda result: result["recipe"]):
+            _show(list(group))
+    _refuse_problems(results)
+
+
+def _refuse_problems(results: Sequence[dict[str, Any]]) -> None:
+    problems = [
+        f"{result['model']} {result['recipe']}: {problem}"
+        for result in results
+        for problem in [*result["mismatches"], *(result["parity"] or {}).get("problems", [])]
+    ]
+    if problems:
+        raise ParityError("\n".join([f"{len(problems)} problems with what was compiled:", *problems]))
 
 
 @contextlib.contextmanager
@@ -157,9 +184,24 @@ def _against_fp16(result: dict[str, Any], value: str, fp16: str) -> str:
     return value if result["fp16_kernels"] is None else f"{value} ({fp16})"
 
 
+def _types(result: dict[str, Any], table: str) -> str:
+    return ", ".join(f"{count} {name}" for name, count in result["layers_by_type"][table].items())
+
+
+def _parity(result: dict[str, Any]) -> str:
+    found = result["parity"]
+    return f"{found['largest_flip_rate']:.2g}, {found['least_sqnr_db']:.1f} dB" if found else "-"
+
+
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("parameters, millions", lambda r: f"{r['parameters'] / 1e6:,.1f}"),
     ("quantized layers", lambda r: f"{r['layers_quantized']} of {r['layers']}"),
+    ("average weight bits", lambda r: f"{r['average_weight_bits']:.2f}"),
+    ("layers planned", lambda r: _types(r, "planned")),
+    ("  in the ONNX file", lambda r: _types(r, "onnx")),
+    ("  in the engine", lambda r: _types(r, "engine")),
+    ("mismatches", lambda r: str(len(r["mismatches"]))),
+    ("body; layers' flips, SQNR", lambda r: f"{r['body']}; {_parity(r)}"),
     ("time, s", lambda r: f"{r['seconds']:.1f}"),
     ("  import, make weights", lambda r: _seconds(r, "import", "load")),
     ("  quantize", lambda r: _seconds(r, "quantize")),
@@ -178,7 +220,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("kernels (FP16)", lambda r: _against_fp16(r, str(r["kernels"]), str(r["fp16_kernels"]))),
     ("INT8 + FP convs, gemms", lambda r: f"{r['int8_compute']} + {r['fp_compute']}"),
 )
-_SECTIONS = ("quantized layers", "  build", "ONNX nodes")
+_SECTIONS = ("quantized layers", "body; layers' flips, SQNR", "  build", "ONNX nodes")
 
 
 def main() -> None:

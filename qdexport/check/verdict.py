@@ -8,7 +8,7 @@ from typing import Final
 
 from qdexport.core.results import EndToEnd, LayerParity, Parity
 
-__all__ = ["FLIP_LIMIT", "FLOOR_MARGIN_DB", "LAYER_SQNR_DB", "engine_problems", "judge"]
+__all__ = ["FLIP_LIMIT", "FLOOR_MARGIN_DB", "LAYER_SQNR_DB", "engine_problems", "judge", "layer_problems"]
 
 # FP32: sums of products in another order cost some 1e-7 relative (130 dB); 100 dB leaves room for cancellation.
 # FP16: every output is rounded to 11 bits (about 74 dB), operands of a per-step layer once more.
@@ -32,23 +32,12 @@ def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: 
     Returns:
         The parity record; a failure's reasons name the worst layers.
     """
-    least = LAYER_SQNR_DB[body]
-    weights = [item for item in layers if item.weight_flip_rate > 0]
-    flips = [item for item in layers if item.code_flip_rate > FLIP_LIMIT]
-    # written so that a NaN fails
-    noisy = [item for item in layers if not item.sqnr_db >= least]
-    reasons = [
-        *_worst(weights, "integer weights differ", "weight_flip_rate"),
-        *_worst(flips, f"more than {FLIP_LIMIT:g} of the integer codes differ", "code_flip_rate"),
-        *_worst(noisy, f"the output is below {least:g} dB", "sqnr_db"),
-    ]
+    reasons = layer_problems(layers, body)
     if not whole.sqnr_db >= whole.noise_floor_db - FLOOR_MARGIN_DB:
         reasons.append(
             f"end to end {whole.sqnr_db:.1f} dB, more than {FLOOR_MARGIN_DB:g} dB below the noise floor of "
             f"{whole.noise_floor_db:.1f} dB"
         )
-    if not layers:
-        reasons.append("no layer was compared")
     return Parity(
         reference=reference,
         layers=list(layers),
@@ -56,6 +45,22 @@ def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: 
         verdict="fail" if reasons else "pass",
         reasons=reasons,
     )
+
+
+def layer_problems(layers: Sequence[LayerParity], body: str) -> list[str]:
+    """What is wrong with the layers, one sentence per kind of failure; nothing when each is within the thresholds."""
+    if not layers:
+        return ["no layer was compared"]
+    least = LAYER_SQNR_DB[body]
+    weights = [item for item in layers if item.weight_flip_rate > 0]
+    flips = [item for item in layers if item.code_flip_rate > FLIP_LIMIT]
+    # written so that a NaN fails
+    noisy = [item for item in layers if not item.sqnr_db >= least]
+    return [
+        *_worst(weights, "integer weights differ", "weight_flip_rate"),
+        *_worst(flips, f"more than {FLIP_LIMIT:g} of the integer codes differ", "code_flip_rate"),
+        *_worst(noisy, f"the output is below {least:g} dB", "sqnr_db"),
+    ]
 
 
 def engine_problems(sqnr_db: Sequence[float], noise_floor_db: float) -> list[str]:

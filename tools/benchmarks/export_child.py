@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from qdexport.core.target import Target
     from qdexport.models.loaded import LoadedModel
     from qdexport.pipeline.lower import Lowered
+    from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["main"]
+__all__ = ["ExportSettings", "export_quantized", "main"]
+
+_INFINITE_DB = 999.0  # JSON has no infinity; as in reports of qdexport
 
 
 def main(spec_path: str) -> None:
     """Writes ``<folder>/model.onnx`` and answers with costs and facts.
 
-    The specification holds ``model``, ``recipe`` (as JSON), ``target``, ``quantized``, ``steps``, ``seed``
-    and ``folder``.
+    The specification holds ``model``, ``recipe`` (as JSON), ``target``, ``quantized``, ``parity``, ``steps``,
+    ``seed`` and ``folder``.
     """
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     costs: dict[str, Cost] = {}
@@ -48,39 +51,109 @@ def main(spec_path: str) -> None:
     parameters = sum(parameter.numel() for parameter in loaded.denoiser.parameters())
     facts = {"parameters": parameters, "weight_bytes": _weight_bytes(loaded)}
     if spec["quantized"]:
-        facts |= _export_quantized(loaded, recipe, target, spec, costs)
+        settings = ExportSettings(
+            recipe=recipe,
+            target=target,
+            steps=spec["steps"],
+            seed=spec["seed"],
+            parity=spec["parity"],
+            folder=Path(spec["folder"]),
+        )
+        facts |= export_quantized(loaded, settings, costs)
     else:
         facts |= _export_plain(loaded, recipe, target, spec, costs)
     answer(spec, {"costs": {name: asdict(cost) for name, cost in costs.items()}, **facts})
 
 
-def _export_quantized(
-    loaded: LoadedModel, recipe: Recipe, target: Target, spec: dict[str, Any], costs: dict[str, Cost]
-) -> dict[str, Any]:
-    from benchmarks.synthetic import ddim_timesteps, varied_ranges
-    from qdexport.models.denoiser import layer_macs
-    from qdexport.models.denoiser_io import io_spec
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSettings:
+    """How a model is quantized and exported.
+
+    Attributes:
+        recipe: the whole recipe.
+        target: decides what is written.
+        steps: sampling steps, the rows of the time table and of step tables.
+        seed: chooses the activation ranges and what else is given.
+        parity: compare every quantized layer of the file with PyTorch.
+        folder: for ``model.onnx``.
+    """
+
+    recipe: Recipe
+    target: Target
+    steps: int
+    seed: int
+    parity: bool
+    folder: Path
+
+
+def export_quantized(loaded: LoadedModel, settings: ExportSettings, costs: dict[str, Cost]) -> dict[str, Any]:
+    """Quantizes with given numbers, exports, and reads the types of all layers back.
+
+    Returns:
+        Facts that fit into JSON; ``planned`` and ``onnx`` are types by layer (or part), ``parity`` is None when it
+        was not asked for.
+
+    Raises:
+        QdExportError: the recipe does not fit the model, or a stage failed.
+    """
+    from benchmarks.synthetic import ddim_timesteps, synthetic_plans, synthetic_ranges
     from qdexport.pipeline.lower import lower_to_onnx
     from qdexport.quant.attach import quantize_model
-    from qdexport.quant.plan import macs_share, plan_layers
+    from qdexport.quant.plan import average_weight_bits, macs_share
 
+    recipe = settings.recipe
     with measured(costs, "quantize"):
-        macs = layer_macs(loaded.denoiser, io_spec(loaded, recipe.shapes, "fp16"))
-        plans = plan_layers(loaded.denoiser, recipe, macs)
-        per_step = recipe.activation_rows == "per_step"
-        ranges = varied_ranges(plans, ddim_timesteps(spec["steps"]), per_step=per_step, seed=spec["seed"])
+        plans = synthetic_plans(loaded, recipe, settings.seed)
+        ranges = synthetic_ranges(loaded, plans, recipe, ddim_timesteps(settings.steps), settings.seed)
         model = quantize_model(loaded, plans, recipe, ranges)
     with measured(costs, "export"):
-        lowered = lower_to_onnx(model, Path(spec["folder"]), target)
+        lowered = lower_to_onnx(model, settings.folder, settings.target)
     return {
+        "body": model.body,
         "layers": len(plans),
         "layers_quantized": sum(plan.quantized for plan in plans),
         "layers_folded": sum(plan.folded for plan in plans),
         "macs_share": round(macs_share(plans), 4),
+        "average_weight_bits": round(average_weight_bits(model.denoiser, plans), 3),
         "io": lowered.facts.io.model_dump(mode="json"),
         "onnx_bytes": lowered.file.bytes,
         "nodes": lowered.file.nodes,
         "passes": _pass_seconds(lowered),
+        **_types(model, lowered, settings.target),
+        "parity": _parity(model, lowered, settings.seed, costs) if settings.parity else None,
+    }
+
+
+def _types(model: QuantizedModel, lowered: Lowered, target: Target) -> dict[str, dict[str, str]]:
+    """The type of every layer (or part) as it was planned, and as the file has it."""
+    from qdexport.core.spec import layer_precision
+    from qdexport.emit.coverage import onnx_coverage
+    from qdexport.pipeline.lower import stores_int4_weights
+
+    int4 = stores_int4_weights(model, target)
+    planned = {part: layer_precision(plan, model.body, int4_linear=int4) for plan in model.plans for part in plan.parts}
+    return {"planned": planned, "onnx": onnx_coverage(lowered.file.path, model.plans)}
+
+
+def _parity(model: QuantizedModel, lowered: Lowered, seed: int, costs: dict[str, Cost]) -> dict[str, Any]:
+    """Layer by layer on equal inputs, with the thresholds of ``qdexport compile``."""
+    from qdexport.check.calls import check_calls
+    from qdexport.check.parity import layer_parity
+    from qdexport.check.verdict import layer_problems
+
+    with measured(costs, "parity"):
+        io = lowered.facts.io
+        calls = check_calls(model, io, model.recipe.validation.parity_steps, seed)
+        layers = layer_parity(model, lowered.file.path, io, calls)
+    flipped, noisy = max(layers, key=lambda item: item.code_flip_rate), min(layers, key=lambda item: item.sqnr_db)
+    return {
+        "layers": len(layers),
+        "calls": len(calls),
+        "largest_flip_rate": flipped.code_flip_rate,
+        "most_flipped": flipped.name if flipped.code_flip_rate > 0 else "",
+        "least_sqnr_db": round(min(noisy.sqnr_db, _INFINITE_DB), 1),
+        "least_exact": noisy.name,
+        "problems": layer_problems(layers, model.body),
     }
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.children import run_module
 from benchmarks.costs import Cost, machine
+from qdexport.build.audit import audit
 from qdexport.build.engine import BuildOptions, build_engine
+from qdexport.build.plan import engine_coverage
 from qdexport.core.io_spec import IoSpec
 
 if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
     from qdexport.core.recipe import Recipe
-    from qdexport.core.results import EngineFacts
+    from qdexport.core.results import EngineFacts, Plan
     from qdexport.core.target import Target
 
-__all__ = ["MODELS", "ScaleJob", "run_scale"]
+__all__ = ["MODELS", "ScaleJob", "audited", "run_scale"]
 
 # name on the command line -> configuration of qdexport.models.synthetic
 MODELS = {
@@ -46,6 +49,7 @@ class ScaleJob:
         capabilities: compute capabilities of the engine; empty for the target's default.
         steps: sampling steps, the rows of the time table and of step tables.
         seed: chooses the activation ranges.
+        parity: also compare every quantized layer of the ONNX file with PyTorch.
         fp16_baseline: also build the same UNet in FP16, to count its kernels.
         folder: for everything that is written.
     """
@@ -56,6 +60,7 @@ class ScaleJob:
     capabilities: tuple[str, ...]
     steps: int
     seed: int
+    parity: bool
     fp16_baseline: bool
     folder: Path
 
@@ -66,7 +71,8 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
     Returns:
         Costs and counts, as docs/benchmarks.md describes them. ``seconds`` is the wall time of the exporting
         process (imports and making the weights included) and of the build; ``peak_rss_mb`` is that of the
-        largest process. Neither counts the FP16 plan.
+        largest process. Neither counts parity and the FP16 plan. ``mismatches`` has a sentence for every layer that
+        is not of the type that was planned, in the file or in the engine.
 
     Raises:
         ChildError: quantizing or exporting failed.
@@ -74,14 +80,15 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
         OutputError: the folder cannot be written.
     """
     before = machine()
-    exported, engine, seconds = _compile(job, quantized=True, progress=progress)
+    exported, (engine, plan), seconds = _compile(job, quantized=True, progress=progress)
     costs = {name: Cost(**cost) for name, cost in exported.pop("costs").items()}
+    parity = costs.pop("parity", None)
     build = Cost(seconds=engine.build_seconds, cpu_seconds=0.0, peak_rss_mb=engine.peak_rss_mb)
     exported.pop("io")
     result = {
         "model": job.model,
         "recipe": job.recipe.name,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds - (parity.seconds if parity else 0.0), 1),
         "peak_rss_mb": max(cost.peak_rss_mb for cost in [*costs.values(), build]),
         "kernels": engine.kernels,
         "fp16_kernels": None,
@@ -90,6 +97,7 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
         "bytes_ratio": None,
         "onnx_bytes": exported.pop("onnx_bytes"),
         "engine_bytes": engine.bytes,
+        **audited(exported.pop("planned"), exported.pop("onnx"), plan),
         **exported,
         "kernels_by_type": engine.kernels_by_type,
         "compute_capabilities": engine.compute_capabilities,
@@ -97,9 +105,11 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
         "stages": {name: asdict(cost) for name, cost in costs.items()},
         "machine": before,
     }
+    if parity is not None:
+        result["stages"]["parity"] = asdict(parity)
     result["stages"]["build"] = {"seconds": build.seconds, "peak_rss_mb": build.peak_rss_mb}
     if job.fp16_baseline:
-        plain, baseline, _ = _compile(job, quantized=False, progress=progress)
+        plain, (baseline, _), _ = _compile(job, quantized=False, progress=progress)
         result |= {
             "fp16_kernels": baseline.kernels,
             "fp16_onnx_bytes": plain["onnx_bytes"],
@@ -110,7 +120,30 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
     return result
 
 
-def _compile(job: ScaleJob, *, quantized: bool, progress: ProgressSink) -> tuple[dict[str, Any], EngineFacts, float]:
+def audited(planned: dict[str, str], onnx: dict[str, str], plan: Plan | None) -> dict[str, Any]:
+    """Layers (or parts) by type as planned, in the file and in the engine, and a sentence for each that differs.
+
+    Args:
+        planned: types as planned.
+        onnx: types in the ONNX file.
+        plan: the kernels; None when nothing was built.
+    """
+    engine = None
+    if plan is not None:
+        engine = engine_coverage(plan, list(planned))
+        for part, precision in planned.items():
+            if precision == "folded" and engine[part] == "missing":
+                engine[part] = "folded"
+    tables = {"planned": planned, "onnx": onnx, "engine": engine or {}}
+    return {
+        "layers_by_type": {name: dict(sorted(Counter(table.values()).items())) for name, table in tables.items()},
+        "mismatches": audit(planned, onnx, engine),
+    }
+
+
+def _compile(
+    job: ScaleJob, *, quantized: bool, progress: ProgressSink
+) -> tuple[dict[str, Any], tuple[EngineFacts, Plan], float]:
     """Exports in a child process and builds in another; the exporter's answer, the engine, and seconds."""
     name = job.recipe.name if quantized else "fp16"
     folder = job.folder / f"{job.model}-{name}"
@@ -119,6 +152,7 @@ def _compile(job: ScaleJob, *, quantized: bool, progress: ProgressSink) -> tuple
         "recipe": json.loads(job.recipe.model_dump_json()),
         "target": job.target.name,
         "quantized": quantized,
+        "parity": job.parity,
         "steps": job.steps,
         "seed": job.seed,
         "folder": str(folder / "onnx"),
@@ -130,5 +164,5 @@ def _compile(job: ScaleJob, *, quantized: bool, progress: ProgressSink) -> tuple
         target=job.target, io=IoSpec.model_validate(exported["io"]), compute_capabilities=job.capabilities
     )
     with progress.stage(f"{job.model} {name}: build"):
-        engine, _ = build_engine(folder / "onnx" / "model.onnx", folder / "engine", options)
-    return exported, engine, time.perf_counter() - started
+        built = build_engine(folder / "onnx" / "model.onnx", folder / "engine", options)
+    return exported, built, time.perf_counter() - started
