@@ -27,8 +27,8 @@ def _sweep_options(function: _F) -> _F:
             "--ray", metavar="ADDRESS", help="Measure on this Ray cluster (auto, host:6379; local starts one)."
         ),
         click.option(
-            "--workers", type=click.IntRange(1), default=1, show_default=True,
-            help="Processes on this machine; with --ray the most tasks at once, 1 stands for all cores.",
+            "--workers", type=click.IntRange(1),
+            help="Processes on this machine, or on Ray the most tasks at once; default: one per core.",
         ),
         click.option(
             "--out", type=click.Path(file_okay=False, path_type=Path), required=True,
@@ -148,7 +148,7 @@ def _job(model: str, options: dict[str, Any], target: str, changes: dict[str, An
     from qdexport.core.recipe import load_recipe
     from qdexport.core.target import target_named
     from qdexport.pipeline.allocation import AllocationJob, with_allocation
-    from qdexport.quant.tasks import Workers
+    from qdexport.quant.tasks import usual_workers
 
     recipe = load_recipe(options["recipe"], overrides_of(options["assignments"], None))
     return AllocationJob(
@@ -156,6 +156,6 @@ def _job(model: str, options: dict[str, Any], target: str, changes: dict[str, An
         recipe=with_allocation(recipe, changes),
         target=target_named(target),
         out=options["out"],
-        workers=Workers(count=options["workers"], ray=options["ray"]),
+        workers=usual_workers(options["workers"], options["ray"]),
         variant=options["variant"],
     )

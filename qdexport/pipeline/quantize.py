@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,12 +143,11 @@ def _allocate(
 ) -> list[LayerPlan]:
     from qdexport.quant.allocation import allocate_bits
     from qdexport.quant.sensitivity import SweepRun
-    from qdexport.quant.tasks import Workers
+    from qdexport.quant.tasks import usual_workers
 
     with contextlib.ExitStack() as stack:
         folder = settings.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qdexport-sweep-")))
-        count = settings.workers or (1 if settings.ray else os.cpu_count() or 1)  # on Ray 1 stands for all cores
-        run = SweepRun(folder=folder, workers=Workers(count=count, ray=settings.ray), progress=progress)
+        run = SweepRun(folder=folder, workers=usual_workers(settings.workers, settings.ray), progress=progress)
         plan = allocate_bits(loaded, plans, recipe, observations, settings.target, run)
         plan.save(folder / BIT_PLAN_FILE)
     return apply_bit_plan(plans, plan)

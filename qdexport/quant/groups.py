@@ -22,7 +22,8 @@ def uniform_groups(steps: int, count: int) -> tuple[int, ...]:
 def group_steps(low: NDArray[np.float64], high: NDArray[np.float64], settings: StepGroups) -> tuple[int, ...]:
     """Groups the steps of a schedule.
 
-    Steps whose ranges are alike in all layers are clustered (average linkage over the logarithms of the two ends). Of all levels of the tree the one with the fewest groups is taken whose
+    Steps whose ranges are alike in all layers are clustered (average linkage over the logarithms of the two ends).
+    Of all levels of the tree the one with the fewest groups is taken whose
     :func:`sharing_cost` is within the budget. What the paper (EMF) does is not published; this is our choice.
 
     Args:

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import logging
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 
 from qdexport.errors import MissingDependencyError, QdExportError
 
-__all__ = ["Job", "Workers", "map_tasks", "one_thread"]
+__all__ = ["Job", "Workers", "map_tasks", "one_thread", "usual_workers"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,11 @@ class Workers:
 
     count: int = 1
     ray: str | None = None
+
+
+def usual_workers(count: int | None, ray: str | None) -> Workers:
+    """What a user asked for, or one process per core; on Ray as many tasks as the cluster has cores."""
+    return Workers(count=count or (1 if ray else os.cpu_count() or 1), ray=ray)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
