@@ -28,6 +28,7 @@ DATA_FILE = "model.onnx.data"
 _IR_VERSION = 10  # belongs to opset 21; older runtimes refuse newer numbers
 # larger weights get a file of their own: protobuf would hold three copies of them (and ends at 2 GiB)
 _SINGLE_FILE_BYTES = 200_000_000
+_INLINE_BYTES = 256  # smaller constants stay in the file in any case
 _FULL_CHECK_BYTES = 200_000_000  # shape inference of larger files costs more than it finds
 
 
@@ -60,13 +61,34 @@ def emit(model: ir.Model, folder: Path, target: Target, metadata: dict[str, str]
     with atomic_dir(folder) as partial:
         path = partial / MODEL_FILE
         if weight_bytes > _SINGLE_FILE_BYTES:
-            ir.save(model, path, external_data=DATA_FILE)
+            _save_with_data(model, path)
         else:
             ir.save(model, path)
         _check(path, full=weight_bytes <= _FULL_CHECK_BYTES)
     size = sum(item.stat().st_size for item in folder.iterdir())
     logger.info("wrote %s, %.1f MB, %d nodes", folder / MODEL_FILE, size / 1e6, len(model.graph))
     return OnnxFile(path=folder / MODEL_FILE, bytes=size, nodes=len(model.graph))
+
+
+def _save_with_data(model: ir.Model, path: Path) -> None:
+    """Writes large constants to ``DATA_FILE``, but for whole numbers (sizes, axes, rows of a step): ONNX Runtime infers
+    shapes from them, refuses the model when they are not in the file itself, and a network of real size has long lists.
+    """
+    large = {
+        value: value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and value.const_value.dtype != ir.DataType.INT64
+        and value.const_value.nbytes > _INLINE_BYTES
+    }
+    stored = ir.external_data.convert_tensors_to_external(list(large.values()), path.parent, DATA_FILE)
+    try:
+        for value, tensor in zip(large, stored, strict=True):
+            value.const_value = tensor
+        ir.save(model, path)
+    finally:
+        for value, original in large.items():
+            value.const_value = original
 
 
 def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
