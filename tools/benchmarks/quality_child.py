@@ -110,13 +110,13 @@ def main(spec_path: str) -> None:
 def _denoiser(
     spec: dict[str, Any], progress: FileProgress, state_dir: Path
 ) -> tuple[LoadedModel, Any | None, dict[str, Any]]:
+    from benchmarks.bos_outlier import load_any
     from benchmarks.quality_model import average_widths, prepare
     from qdexport.core.recipe import Recipe
-    from qdexport.models.load import load_model
 
     if spec["recipe"] is None:
         progress.tell(doing="loading")
-        return load_model(spec["model"]), None, {}
+        return load_any(spec["model"]), None, {}
     model = prepare(spec["model"], Recipe.model_validate(spec["recipe"]), state_dir, progress)
     return model.loaded, model.denoiser, asdict(average_widths(model))
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from benchmarks.bos_outlier import load_any
 from qdexport.core.target import target_named
 from qdexport.models.denoiser import input_groups
-from qdexport.models.load import load_model
 from qdexport.pipeline.quantize import QuantizeSettings, make_quantized
 from qdexport.quant.plan import macs_share
 
@@ -63,7 +63,7 @@ def prepare(
         QdExportError: the model or the recipe cannot be used.
     """
     settings = QuantizeSettings(target=target_named(_TARGET), folder=state_dir, workers=workers)
-    return make_quantized(load_model(model_name), recipe, settings, progress)
+    return make_quantized(load_any(model_name), recipe, settings, progress)
 
 
 def average_widths(model: QuantizedModel) -> Widths:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from benchmarks.bos_outlier import load_any
 from benchmarks.costs import machine
 from benchmarks.quality_pool import Work, run_rows
 from benchmarks.quality_rows import METRICS, Comparison, Metric, Row
@@ -26,7 +27,6 @@ from benchmarks.quality_scores import (
 from benchmarks.quality_store import RowJob, RowStore, model_digest, source_digest
 from qdexport.core.files import atomic_path, digest_of
 from qdexport.errors import RecipeError
-from qdexport.models.load import load_model
 from qdexport.models.sampling import prompts_for, schedule
 from qdexport.models.shapes_evaluator import load_evaluator, real_features
 from qdexport.quant.calibrate import calibration_prompts
@@ -188,7 +188,7 @@ def error_per_step(store: RowStore, reference: RowStore) -> list[dict[str, float
 def _model(
     name: str, rows: Sequence[Row], kept_out: Sequence[Row], settings: Settings, progress: ProgressSink
 ) -> _Model:
-    loaded = load_model(name)
+    loaded = load_any(name)
     if loaded.evaluator is None or loaded.folder is None:
         raise RecipeError(
             f"the rows of {name!r} need a model with an evaluator (shapes, shapes-turbo); "
