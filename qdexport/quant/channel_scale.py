@@ -86,11 +86,11 @@ def cut_off(ratio: Tensor, limit: float, *, power_of_two: bool) -> Tensor:
     return torch.exp2(torch.log2(cut).round()) if power_of_two else cut
 
 
-def cut_offs(limit: float) -> list[float]:
-    """Values of ``R_trunc`` that are tried, from 1 (no change) to ``limit``."""
+def cut_offs(limit: float, factor: float = 1.5) -> list[float]:
+    """Values of ``R_trunc`` that are tried: from 1 (no change) to ``limit``, each ``factor`` times the one before."""
     tried = [1.0]
-    while tried[-1] * 1.5 < limit:
-        tried.append(tried[-1] * 1.5)
+    while tried[-1] * factor < limit:
+        tried.append(tried[-1] * factor)
     return [*tried, limit]
 
 

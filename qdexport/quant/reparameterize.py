@@ -129,7 +129,7 @@ class _Trial:
         self.active = False
         self._ratios = {
             limit: cut_off(ratio, limit, power_of_two=settings.power_of_two)
-            for limit in cut_offs(min(settings.max_ratio, float(ratio.max())))
+            for limit in cut_offs(min(settings.max_ratio, float(ratio.max())), 2.0 if settings.power_of_two else 1.5)
         }
         self._errors = errors
         self._generator = torch.Generator().manual_seed(0)

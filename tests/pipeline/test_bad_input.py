@@ -122,9 +122,9 @@ def test_interrupted_calibration_continues(qdexport, tiny_folder, tmp_path, monk
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert qdexport("quantize", tiny_folder, "--out", straight, *small).exit_code == 0
 
-    import qdexport.pipeline.compilation as compilation
+    import qdexport.pipeline.quantize as stage
 
-    original, calls = compilation.calibrate, []
+    original, calls = stage.observe, []
 
     def interrupting(loaded, plans, recipe, *, state_dir, on_progress):
         def stop(done: int, total: int) -> None:
@@ -135,11 +135,11 @@ def test_interrupted_calibration_continues(qdexport, tiny_folder, tmp_path, monk
 
         return original(loaded, plans, recipe, state_dir=state_dir, on_progress=stop)
 
-    monkeypatch.setattr(compilation, "calibrate", interrupting)
+    monkeypatch.setattr(stage, "observe", interrupting)
     assert qdexport("quantize", tiny_folder, "--out", resumed, *small).exit_code == 1  # click's Abort in a test runner
     assert not (resumed / "checkpoint").exists()
     calls.clear()
-    monkeypatch.setattr(compilation, "calibrate", original)
+    monkeypatch.setattr(stage, "observe", original)
     assert qdexport("quantize", tiny_folder, "--out", resumed, *small).exit_code == 0
     codes = [load_file(folder / "checkpoint" / "quantization.safetensors") for folder in (straight, resumed)]
     assert codes[0].keys() == codes[1].keys()

@@ -231,7 +231,7 @@ def test_a_wild_channel_is_scaled_and_the_error_falls(tiny_folder: Path, make_re
 def test_without_a_choice_the_limit_is_the_recipes(tiny_folder: Path, make_recipe: MakeRecipe) -> None:
     model = load_model(tiny_folder)
     _make_wild(model)
-    assert _ratio(model, _recipe(make_recipe, choose_ratio=False, max_ratio=3.0)).max() == 3
+    assert _ratio(model, _recipe(make_recipe, choose_ratio=False, max_ratio=3.0, power_of_two=False)).max() == 3
     powers = _ratio(model, _recipe(make_recipe, power_of_two=True))
     assert torch.equal(torch.log2(powers), torch.log2(powers).round())
 

@@ -78,4 +78,4 @@ def with_bos_outlier(loaded: LoadedModel, size: float = _SIZE) -> LoadedModel:
     denoiser.register_to_config(cross_attention_dim=denoiser.config.cross_attention_dim + 1)
     pipeline.unet = denoiser
     pipeline.text_encoder = _OutlierEncoder(pipeline.text_encoder, size)
-    return replace(loaded, name=f"{loaded.name}{SUFFIX}", folder=None, denoiser=denoiser.eval())
+    return replace(loaded, name=f"{loaded.name}{SUFFIX}", denoiser=denoiser.eval())
