@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.bos_outlier import load_any
+from benchmarks.bos_outlier import SUFFIX, load_any
 from benchmarks.costs import machine
 from benchmarks.quality_pool import Work, run_rows
 from benchmarks.quality_rows import METRICS, Comparison, Metric, Row
@@ -199,7 +199,8 @@ def _model(
     known = _calibration_prompts(loaded, kept_out)
     return _Model(
         loaded=loaded,
-        digest=model_digest(loaded.folder),
+        # the outlier is made in memory: both models have one folder
+        digest=model_digest(loaded.folder) + (SUFFIX if name.endswith(SUFFIX) else ""),
         evaluator=evaluator,
         real=_real(evaluator, settings, progress),
         prompts=evaluation_prompts(loaded, count, known),
