@@ -184,7 +184,7 @@ def _connected(address: str) -> Any:
         ) from error
     try:
         ray.init(
-            address=None if address == "local" else address,
+            address=address,  # "local" starts a cluster; None would first look for one, and wait for one that is gone
             include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -440,6 +441,21 @@ def test_numbers_do_not_depend_on_who_computes(
     run = SweepRun(folder=tmp_path, workers=who)
     table = measure_sensitivity(tiny, few[0], few_recipe, few[1], run)
     assert values(table) == values(swept[1])
+
+
+def test_a_local_cluster_is_started_whatever_record_of_another_lies_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def init(**options: object) -> None:
+        asked.update(options)
+        raise ConnectionError("enough seen")
+
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(init=init))
+    job: Job[None, int, int] = Job(prepare=lambda: None, run=lambda _, task: task)
+    with pytest.raises(MissingDependencyError, match="enough seen"):
+        list(map_tasks(job, [1], Workers(ray="local")))
+    # with None ray looks for a running cluster first, and waits for minutes for one that is gone
+    assert asked["address"] == "local"
 
 
 def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
