@@ -20,10 +20,12 @@ __all__ = [
     "COMPUTE_KINDS",
     "KernelCounts",
     "PlanTensor",
+    "compute_precision",
     "engine_coverage",
     "kernel_counts",
     "parse_plan",
     "plan_tensors",
+    "quantizes_only",
 ]
 
 # kernels that multiply matrices: those of TensorRT-RTX 1.7, and what published logs of TensorRT 10 show
@@ -156,7 +158,7 @@ def kernel_counts(plan: Plan) -> KernelCounts:
             attention += 1
         elif kernel.kind in COMPUTE_KINDS:
             if any(tensor.name in frozen for tensor in _operands(kernel)):
-                weighted.append(_precision(kernel))
+                weighted.append(compute_precision(kernel))
             else:
                 attention += 1
     integer = sum(precision in {"int8", "int4"} for precision in weighted)
@@ -166,7 +168,7 @@ def kernel_counts(plan: Plan) -> KernelCounts:
         int8_compute=integer,
         fp_compute=len(weighted) - integer,
         attention_kernels=attention,
-        quantize_only=sum(_quantizes_only(kernel) for kernel in kernels),
+        quantize_only=sum(quantizes_only(kernel) for kernel in kernels),
     )
 
 
@@ -194,7 +196,7 @@ def engine_coverage(plan: Plan, layers: Sequence[str]) -> dict[str, str]:
     for layer in layers:
         kernels = [kernel for op in ("Conv", "MatMul", "Gemm") for kernel in by_node.get(f"{layer}/{op}", ())]
         matrix = [kernel for kernel in kernels if kernel.kind in COMPUTE_KINDS]
-        precisions = [_precision(kernel) for kernel in matrix] or [_pointwise_precision(kernel) for kernel in kernels]
+        precisions = [compute_precision(kernel) for kernel in matrix] or list(map(_pointwise_precision, kernels))
         found[layer] = _worst(precisions) if precisions else "missing"
     return found
 
@@ -276,7 +278,7 @@ def _is_weight(constant: PlanTensor) -> bool:
     return constant.name == _STORED_WEIGHTS or prod(constant.dims) > max(constant.dims, default=1)
 
 
-def _precision(kernel: KernelFact) -> str:
+def compute_precision(kernel: KernelFact) -> str:
     """The type in which a matrix kernel multiplies."""
     types = {tensor.dtype for tensor in _operands(kernel)}
     outputs = {tensor.dtype for tensor in plan_tensors(kernel.outputs)}
@@ -312,7 +314,8 @@ def _frozen_tensors(kernels: Sequence[KernelFact]) -> set[str]:
     return frozen
 
 
-def _quantizes_only(kernel: KernelFact) -> bool:
+def quantizes_only(kernel: KernelFact) -> bool:
+    """Whether a pointwise kernel does nothing but quantize."""
     outputs = plan_tensors(kernel.outputs)
     return (
         kernel.kind == "kgen"

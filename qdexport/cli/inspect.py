@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qdexport.core.gpus import GPUS, gpu_named
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __all__ = ["inspect"]
 
 _ROWS = 15
 _WIDTH = 44
+_COST_COLUMNS = ["microseconds", "should", "bound", "role", "type", "kilobytes", "modules"]
 
 
 @click.command(
@@ -25,17 +27,30 @@ Examples:
   qdexport inspect out                       the summary of a compilation
   qdexport inspect out/onnx/model.onnx       nodes, types, inputs, bytes
   qdexport inspect out/engine/plan.json      kernels and where they come from
+  qdexport inspect out --gpu rtx-4090 --plot cost.png    what each kernel must cost on a card
   qdexport inspect out/checkpoint            quantizers, layer by layer
 """
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="Show all layers or kernels, not only the largest.")
+@click.option(
+    "--gpu",
+    metavar="NAME",
+    help=f"Predict what each kernel of the plan must cost at least: {', '.join(GPUS)}.",
+)
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="With --gpu: also draw it (PNG).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def inspect(path: Path, layers: bool, as_json: bool) -> None:
-    """Show what PATH holds: an output folder, an ONNX file, plan.json, or a quantized checkpoint."""
+def inspect(path: Path, layers: bool, gpu: str | None, plot: Path | None, as_json: bool) -> None:
+    """Show what PATH holds: an output folder, an ONNX file, plan.json, or a quantized checkpoint.
+
+    With --gpu, a plan's kernels with the bytes they move, the operations they do, and the time that the card's peak
+    rates leave them (a bound, not a measurement), and what to change.
+    """
     from rich.console import Console
 
-    facts = _facts(path)
+    if plot is not None and gpu is None:
+        raise click.UsageError("--plot draws predicted costs: say for which card with --gpu")
+    facts = _facts(path) if gpu is None else _cost_facts(path, gpu, plot)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -66,6 +81,23 @@ def _facts(path: Path) -> dict[str, Any]:
     )
 
 
+def _cost_facts(path: Path, gpu: str, plot: Path | None) -> dict[str, Any]:
+    from qdexport.build.inspect import cost_facts
+    from qdexport.build.plan_cost import plan_cost
+    from qdexport.core.results import Plan
+    from qdexport.report.plan_chart import save_plan_chart
+
+    card = gpu_named(gpu)
+    candidates = [path] if path.is_file() else [path / "plan.json", path / "engine" / "plan.json"]
+    file = next((item for item in candidates if item.is_file()), None)
+    if file is None:
+        raise ModelError(f"{path} has no kernel plan; --gpu needs plan.json or an output folder with an engine")
+    cost = plan_cost(Plan.load(file), card)
+    if plot is not None:
+        save_plan_chart(plot, cost)
+    return cost_facts(cost)
+
+
 def _folder_facts(path: Path) -> dict[str, Any]:
     from qdexport.core.results import Manifest, Report
 
@@ -92,13 +124,17 @@ def _print(facts: dict[str, Any], console: Console, rows: int | None) -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     for key, value in facts.items():
         if not isinstance(value, list):
-            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else _cell(value, None)
             table.add_row(f"[dim]{key.replace('_', ' ')}[/]", shown)
     console.print(table)
     for key, value in facts.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             console.print(f"\n[bold]{key}[/] ({len(value)})")
-            _print_table(console, value, list(value[0]), rows)
+            _print_table(console, value, _COST_COLUMNS if "microseconds" in value[0] else list(value[0]), rows)
+        elif isinstance(value, list) and value:
+            console.print(f"\n[bold]{key}[/]")
+            for item in value:
+                console.print(f"- {item}")
 
 
 def _print_table(console: Console, items: list[dict[str, Any]], columns: list[str], rows: int | None) -> None:
@@ -114,9 +150,9 @@ def _print_table(console: Console, items: list[dict[str, Any]], columns: list[st
         console.print(f"[dim]... {len(items) - rows} more; --layers shows all[/]")
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, width: int | None = _WIDTH) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     # module paths differ at their ends
-    return text if len(text) <= _WIDTH else f"\N{HORIZONTAL ELLIPSIS}{text[1 - _WIDTH :]}"
+    return text if width is None or len(text) <= width else f"\N{HORIZONTAL ELLIPSIS}{text[1 - width :]}"

@@ -11,42 +11,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qdexport.core.bit_plan import FLOAT_BITS, check_width
+from qdexport.core.gpus import Gpu, gpu_named
 from qdexport.core.target import Target
 from qdexport.errors import RecipeError
 
-__all__ = ["CARDS", "Card", "LayerShape", "capabilities_of", "predicted_seconds", "stored_bytes"]
+__all__ = ["CARDS", "LayerShape", "capabilities_of", "predicted_seconds", "stored_bytes"]
 
 _INT4_BITS = 4
 _SCALE_BYTES = 4  # FP32, one per output channel
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Card:
-    """Peak rates of one card, dense.
-
-    Attributes:
-        name: the representative of its compute capability.
-        int8: INT8 operations per second (a multiply-accumulate is two).
-        fp16: FP16 tensor-core operations per second with FP32 accumulation; TF32 has half of it on all four.
-        bandwidth: bytes per second of device memory.
-    """
-
-    name: str
-    int8: float
-    fp16: float
-    bandwidth: float
-
-
-CARDS: dict[str, Card] = {
-    # NVIDIA A100 Tensor Core GPU datasheet, SXM, 40 GB
-    "8.0": Card(name="A100", int8=624e12, fp16=312e12, bandwidth=1555e9),
-    # NVIDIA Ampere GA102 GPU architecture whitepaper, table of GeForce RTX 3090
-    "8.6": Card(name="RTX 3090", int8=284e12, fp16=71e12, bandwidth=936e9),
-    # NVIDIA Ada GPU architecture whitepaper, table of GeForce RTX 4090
-    "8.9": Card(name="RTX 4090", int8=660.6e12, fp16=165.2e12, bandwidth=1008e9),
-    # NVIDIA RTX Blackwell GPU architecture whitepaper, table of GeForce RTX 5090
-    "12.0": Card(name="RTX 5090", int8=838e12, fp16=209.5e12, bandwidth=1792e9),
-}
+# the representative of each compute capability that an engine can be built for
+CARDS: dict[str, Gpu] = {gpu.capability: gpu for gpu in map(gpu_named, ("a100", "rtx-3090", "rtx-4090", "rtx-5090"))}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
