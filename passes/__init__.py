@@ -13,6 +13,7 @@ from qdexport.passes.lower_bitwidth import LowerBitwidth
 from qdexport.passes.lower_log2 import LowerLog2
 from qdexport.passes.lower_timestep_scale import LowerTimestepScale
 from qdexport.passes.lower_zero_point import LowerZeroPoint
+from qdexport.passes.plain_attention import PlainAttention
 from qdexport.passes.precompute_bos import PrecomputeBos
 from qdexport.passes.share_quantizers import ShareQuantizers
 from qdexport.passes.split_shortcut import SplitShortcut
@@ -27,6 +28,7 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     SplitShortcut,
     FoldTimeEmbedding,
     ExpandGroupNorm,
+    PlainAttention,
     FoldAdapters,
     FoldReparam,
     PrecomputeBos,

@@ -52,6 +52,7 @@ _TOO_LARGE = ("sdxl",)
     show_default=True,
     help="A preset, a .yaml file, or all for every preset; repeatable.",
 )
+@click.option("--allow-re-rounding", is_flag=True, help="As --set allow_re_rounding=true.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Override a value of the recipe.")
 @click.option(
     "--capability",
@@ -75,6 +76,7 @@ _TOO_LARGE = ("sdxl",)
 def cli(  # noqa: PLR0913  one argument per option
     models: tuple[str, ...],
     recipes: tuple[str, ...],
+    allow_re_rounding: bool,
     assignments: tuple[str, ...],
     capabilities: tuple[str, ...],
     steps: int,
@@ -94,7 +96,8 @@ def cli(  # noqa: PLR0913  one argument per option
     from qdexport.cli.progress import Progress
 
     names = [name for given in recipes for name in (preset_names() if given == "all" else [given])]
-    chosen = [load_recipe(name, _overrides(assignments)) for name in dict.fromkeys(names)]
+    overrides = _overrides(assignments) | ({"allow_re_rounding": True} if allow_re_rounding else {})
+    chosen = [load_recipe(name, overrides) for name in dict.fromkeys(names)]
     progress = Progress(quiet=as_json)
     results = []
     with _work_folder(out) as folder:

@@ -114,10 +114,13 @@ def _options(model: str, options: dict[str, Any]) -> CompileOptions:
     from qdexport.core.target import target_named
     from qdexport.pipeline.compilation import CompileOptions
 
+    overrides = overrides_of(
+        options["assignments"], options["body"], allow_re_rounding=options["allow_re_rounding"]
+    )
     dump = options.get("dump_passes")
     return CompileOptions(
         model=model,
-        recipe=load_recipe(options["recipe"], overrides_of(options["assignments"], options["body"])),
+        recipe=load_recipe(options["recipe"], overrides),
         target=target_named(options["target"]),
         variant=options["variant"],
         ranges=options["ranges"],

@@ -48,6 +48,11 @@ def recipe_options(function: _F) -> _F:
             help="Override a value of the recipe, for example --set calibration.prompts=8.",
         ),
         click.option(
+            "--allow-re-rounding",
+            is_flag=True,
+            help="Let layers that read one tensor share a weight scale: fewer kernels, slightly other numbers.",
+        ),
+        click.option(
             "--body", type=click.Choice(["auto", "fp32", "fp16"]), help="Type of everything that is not quantized."
         ),
         click.option(
@@ -95,8 +100,10 @@ def folder_argument(function: _F) -> _F:
     return click.argument("folder", metavar="OUT", type=click.Path(file_okay=False, path_type=Path))(function)
 
 
-def overrides_of(assignments: tuple[str, ...], body: str | None) -> dict[str, Any]:
-    """The values of ``--set`` and ``--body``. Raises ``RecipeError`` for an assignment without ``=``."""
+def overrides_of(
+    assignments: tuple[str, ...], body: str | None, *, allow_re_rounding: bool = False
+) -> dict[str, Any]:
+    """The values of ``--set``, ``--body`` and ``--allow-re-rounding``. Raises ``RecipeError`` for one without ``=``."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
@@ -108,4 +115,6 @@ def overrides_of(assignments: tuple[str, ...], body: str | None) -> dict[str, An
             raise RecipeError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
     if body is not None:
         values["body"] = body
+    if allow_re_rounding:
+        values["allow_re_rounding"] = True
     return values

@@ -229,6 +229,10 @@ class Recipe(_Part):
     int4_storage: Literal["auto", "never"] = Field(
         default="auto", description="auto: weights of up to 4 bits are stored as INT4 where the target computes with it"
     )
+    allow_re_rounding: bool = Field(
+        default=False,
+        description="8-bit linear layers that read one tensor share one weight scale: fewer kernels, other roundings",
+    )
     calibration: Calibration = Calibration()
     shapes: Shapes = Shapes()
     compute_capabilities: tuple[str, ...] | None = None

@@ -19,6 +19,7 @@ class Granularity(StrEnum):
 
     PER_TENSOR = "per_tensor"
     PER_CHANNEL = "per_channel"  # output channels, axis 0 of a weight
+    PER_GROUP = "per_group"  # one for the weights of all layers that read one tensor (queries, keys, values)
 
 
 class ObserverSpec(BaseModel):

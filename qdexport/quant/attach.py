@@ -30,7 +30,7 @@ from qdexport.quant.modules import (
     install_step_rows,
     quantizer_pairs,
 )
-from qdexport.quant.plan import activation_keys
+from qdexport.quant.plan import activation_keys, merge_weight_scales
 from qdexport.quant.ranges import ActivationRanges
 from qdexport.quant.search import weight_range
 from qdexport.quant.softmax import SoftmaxParameters, SoftmaxQuantizer, install_softmax
@@ -134,6 +134,8 @@ def quantize_model(
             "set `bos: off`"
         )
     body = _body_of(loaded, recipe)
+    if recipe.allow_re_rounding:
+        plans = merge_weight_scales(plans)
     denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == body else BODY_DTYPES[body])
     context = attach(denoiser, plans, ranges, training_steps_of(loaded))
     return QuantizedModel(
@@ -196,7 +198,7 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
                 scale, zero_point = scale[:1], zero_point[:1]
             scales[key], zero_points[key] = scale, zero_point
     return QuantParameters(
-        weight_scales=weight_scales,
+        weight_scales=_grouped(plans, weight_scales),
         scales=scales,
         zero_points=zero_points,
         timesteps=ranges.timesteps,
@@ -206,8 +208,21 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
     )
 
 
+def _grouped(plans: Sequence[LayerPlan], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layers of one group and width get the largest of their scales, where their plans say so."""
+    members: dict[tuple[str, int], list[str]] = {}
+    for plan in plans:
+        if plan.weight is not None and plan.quantized and plan.weight.granularity is Granularity.PER_GROUP:
+            members.setdefault((plan.group, plan.weight.bits), []).extend(plan.parts)
+    merged = dict(scales)
+    for parts in members.values():
+        largest = torch.stack([scales[part] for part in parts]).amax(dim=0)
+        merged |= dict.fromkeys(parts, largest)
+    return merged
+
+
 def weight_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """The FP32 scale of a weight: ``[1, C]`` per output channel, or ``[1]``; zero points are 0.
+    """The FP32 scale of one weight: ``[1, C]`` per output channel, else ``[1]``; zero points are 0.
 
     Raises:
         ValueError: the weight holds NaN or infinity, or the observer is none for weights.

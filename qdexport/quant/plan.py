@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 
 from qdexport.core.recipe import ChannelScale, Recipe, Rule
-from qdexport.core.spec import LayerPlan
+from qdexport.core.spec import Granularity, LayerPlan
 from qdexport.errors import RecipeError
 from qdexport.models.denoiser import (
     Trace,
@@ -23,7 +23,7 @@ from qdexport.models.denoiser import (
 )
 from qdexport.quant.bos import bos_layers
 
-__all__ = ["activation_keys", "average_weight_bits", "macs_share", "plan_layers"]
+__all__ = ["activation_keys", "average_weight_bits", "macs_share", "merge_weight_scales", "plan_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ LayerKind = Literal["conv", "linear"]
 
 IDLE = "does not run"
 _FP_BITS = 16
+_MERGED_BITS = 8
 _WEIGHT_OBSERVERS = ("minmax", "mse")
 
 
@@ -103,6 +104,25 @@ def plan_layers(
 
 def _is_scaled(settings: ChannelScale | None, name: str, kind: LayerKind) -> bool:
     return settings is not None and kind in settings.kinds and settings.chooses(name)
+
+
+def merge_weight_scales(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Gives 8-bit linear layers that read one tensor one weight scale between them.
+
+    TensorRT-RTX multiplies a scale per output channel in a kernel behind the product, and one scale per tensor in the
+    product itself; it merges products of one input only when their scales agree. Narrower weights keep their scales
+    per channel: they would lose too much.
+    """
+    return [
+        replace(plan, weight=plan.weight.model_copy(update={"granularity": Granularity.PER_GROUP}))
+        if plan.weight is not None
+        and plan.quantized
+        and plan.kind == "linear"
+        and plan.weight.bits >= _MERGED_BITS
+        and plan.weight.granularity is Granularity.PER_CHANNEL
+        else plan
+        for plan in plans
+    ]
 
 
 def activation_keys(plan: LayerPlan) -> tuple[str, ...]:

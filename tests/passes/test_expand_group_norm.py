@@ -42,7 +42,7 @@ def test_small_groups_are_written_out(graphs, noise, kind, bound):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"shape": "1, 4, 11001"}, "a group of 11001 elements is above 11000"),
+        ({"shape": "1, 4, 31001"}, "a group of 31001 elements is above 31000"),
         ({"shape": "1, 4, L"}, "the size of a group is not known before it runs"),
         ({"scale": 2.0}, "its own scale and bias are not 1 and 0"),
         ({"bias": 0.5}, "its own scale and bias are not 1 and 0"),

@@ -97,6 +97,7 @@ def test_all_passes_together(graphs, noise, body):
         "split-shortcut": False,
         "fold-time-embedding": True,
         "expand-group-norm": False,
+        "plain-attention": False,
         "fold-adapters": True,
         "fold-reparam": False,
         "precompute-bos": False,

@@ -87,6 +87,32 @@ def test_layers_of_one_group_share_one_quantizer(tiny: LoadedModel, make_recipe:
     assert len(set.union(*by_group.values())) == len(by_group)
 
 
+def test_one_weight_scale_for_layers_that_read_one_tensor(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    model = _quantize(tiny, make_recipe(allow_re_rounding=True))
+    exact = _quantize(tiny, make_recipe())
+    scales: dict[str, list[Tensor]] = {}
+    for plan in model.plans:
+        if not plan.quantized:
+            continue
+        own = exact.denoiser.get_submodule(plan.name).weight_quantizer.scale
+        scale = model.denoiser.get_submodule(plan.name).weight_quantizer.scale
+        if plan.kind == "conv":
+            assert torch.equal(scale, own)  # only linear layers are products
+        else:
+            assert plan.weight is not None
+            assert plan.weight.granularity == "per_group"
+            assert scale.shape == (1,)
+            assert scale >= own.max(), "no weight is clipped"
+            scales.setdefault(plan.group, []).append(scale)
+    assert any(len(group) > 2 for group in scales.values())
+    assert all(len({float(scale) for scale in group}) == 1 for group in scales.values())
+
+
+def test_narrow_weights_keep_their_scales(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    plans = _quantize(tiny, make_recipe(weight={"bits": 4}, allow_re_rounding=True)).plans
+    assert {plan.weight.granularity for plan in plans if plan.weight and plan.quantized} == {"per_channel"}
+
+
 def _stepped(plans: list[LayerPlan], timesteps: tuple[int, ...]) -> ActivationRanges:
     """Rows that differ, but for one input."""
     grow = torch.arange(1, len(timesteps) + 1, dtype=torch.float64)
