@@ -15,6 +15,7 @@ from qdexport.passes.lower_timestep_scale import LowerTimestepScale
 from qdexport.passes.lower_zero_point import LowerZeroPoint
 from qdexport.passes.plain_attention import PlainAttention
 from qdexport.passes.precompute_bos import PrecomputeBos
+from qdexport.passes.sequence_first import SequenceFirst
 from qdexport.passes.share_quantizers import ShareQuantizers
 from qdexport.passes.split_shortcut import SplitShortcut
 
@@ -29,6 +30,7 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     FoldTimeEmbedding,
     ExpandGroupNorm,
     PlainAttention,
+    SequenceFirst,
     FoldAdapters,
     FoldReparam,
     PrecomputeBos,

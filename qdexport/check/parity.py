@@ -31,8 +31,8 @@ from qdexport.core.results import LayerParity
 from qdexport.core.spec import LayerPlan
 from qdexport.emit.inspect import load_onnx
 from qdexport.errors import ParityError
-from qdexport.graph.probe import Probe, build_probe, find_probes, find_softmax_probes, weight_codes
-from qdexport.graph.query import scaled_for
+from qdexport.graph.probe import LayerProbe, Probe, build_probe, find_probes, find_softmax_probes, weight_codes
+from qdexport.graph.query import scaled_for, sequence_first
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.affine import quantize_codes
 from qdexport.quant.attach import QuantizedModel
@@ -206,11 +206,14 @@ class _Comparison:
         probe = self._probes[name]
         array = x.numpy(force=True).copy()  # the network may write into its tensors afterwards
         dtype = probe.x.dtype
+        output = y.numpy(force=True).copy()
+        if isinstance(probe, LayerProbe) and sequence_first(probe.node):
+            array, codes, output = (np.ascontiguousarray(item.swapaxes(0, 1)) for item in (array, codes, output))
         chunk = self._chunk
         chunk.names.append(name)
         chunk.feed[probe.x_name] = array if dtype is None else array.astype(dtype.numpy(), copy=False)
         chunk.expected[probe.codes_name] = codes
-        chunk.expected[probe.y_name] = y.numpy(force=True).copy()
+        chunk.expected[probe.y_name] = output
         chunk.bytes += 2 * array.nbytes + 2 * y.nbytes
         if chunk.bytes > _CHUNK_BYTES:
             self.finish()

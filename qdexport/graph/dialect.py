@@ -12,6 +12,7 @@ __all__ = [
     "LOG2_ZERO",
     "NO_AXIS",
     "SCALED_FOR_KEY",
+    "SEQUENCE_FIRST_KEY",
     "STEP_ROWS",
     "VERSION",
     "register_schema",
@@ -26,6 +27,8 @@ NO_AXIS = -1
 LAYER_KEY = "qdexport.module"
 # metadata of a convolution or product whose output carries another layer's 1 / r: `<layer>:<first channel>`
 SCALED_FOR_KEY = "qdexport.scaled_for"
+# metadata of a product that reads tokens as [length, batch, width] where torch has [batch, length, width]
+SEQUENCE_FIRST_KEY = "qdexport.sequence_first"
 # a layer's module that multiplies its input with 1 / r
 CHANNEL_SCALE = "channel_scale"
 # logarithmic codes from here on stand for 0: FP32 holds smaller powers as subnormal numbers only, which GPUs flush

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qdexport.errors import GraphPassError
-from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, LAYER_KEY, SCALED_FOR_KEY
+from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, LAYER_KEY, SCALED_FOR_KEY, SEQUENCE_FIRST_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +27,7 @@ __all__ = [
     "module_of",
     "only_consumer",
     "scaled_for",
+    "sequence_first",
     "shape_of",
     "value_name",
     "weight_source",
@@ -112,6 +113,11 @@ def scaled_for(node: ir.Node) -> tuple[str, int] | None:
     """
     layer, separator, first = node.metadata_props.get(SCALED_FOR_KEY, "").rpartition(":")
     return (layer, int(first)) if separator else None
+
+
+def sequence_first(node: ir.Node) -> bool:
+    """Whether a product reads tokens as [length, batch, width] (pass sequence-first)."""
+    return SEQUENCE_FIRST_KEY in node.metadata_props
 
 
 def is_fake_quantize(node: ir.Node | None) -> bool:

@@ -209,11 +209,16 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
 
 
 def _grouped(plans: Sequence[LayerPlan], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layers of one group and width get the largest of their scales, where their plans say so."""
-    members: dict[tuple[str, int], list[str]] = {}
+    """Layers of one block, input and width get the largest of their scales, where their plans say so.
+
+    Keys and values of the text stay apart from those of other blocks: one product of them all would have to be cut into
+    pieces, a copy each.
+    """
+    members: dict[tuple[str, str, int], list[str]] = {}
     for plan in plans:
         if plan.weight is not None and plan.quantized and plan.weight.granularity is Granularity.PER_GROUP:
-            members.setdefault((plan.group, plan.weight.bits), []).extend(plan.parts)
+            block = plan.name.rpartition(".")[0]
+            members.setdefault((block, plan.group, plan.weight.bits), []).extend(plan.parts)
     merged = dict(scales)
     for parts in members.values():
         largest = torch.stack([scales[part] for part in parts]).amax(dim=0)

@@ -98,6 +98,7 @@ def test_all_passes_together(graphs, noise, body):
         "fold-time-embedding": True,
         "expand-group-norm": False,
         "plain-attention": False,
+        "sequence-first": False,
         "fold-adapters": True,
         "fold-reparam": False,
         "precompute-bos": False,
