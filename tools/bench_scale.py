@@ -183,6 +183,11 @@ def _megabytes(result: dict[str, Any], key: str) -> str:
     return f"{result.get(key, 0) / 1e6:,.0f}"
 
 
+def _moved(result: dict[str, Any], prefix: str = "") -> str:
+    parts = [result.get(f"{prefix}moved_{part}_bytes") for part in ("weight", "activation")]
+    return "-" if None in parts else " + ".join(f"{part / 1e6:,.0f}" for part in parts if part is not None)
+
+
 def _against_fp16(result: dict[str, Any], value: str, fp16: str) -> str:
     return value if result["fp16_kernels"] is None else f"{value} ({fp16})"
 
@@ -221,6 +226,10 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         lambda r: _against_fp16(r, _megabytes(r, "engine_bytes"), _megabytes(r, "fp16_engine_bytes")),
     ),
     ("kernels (FP16)", lambda r: _against_fp16(r, str(r["kernels"]), str(r["fp16_kernels"]))),
+    (
+        "moved weights + activations, MB (FP16)",
+        lambda r: _against_fp16(r, _moved(r), _moved(r, "fp16_")),
+    ),
     ("INT8 + FP convs, gemms", lambda r: f"{r['int8_compute']} + {r['fp_compute']}"),
 )
 _SECTIONS = ("quantized layers", "body; layers' flips, SQNR", "  build", "ONNX nodes")

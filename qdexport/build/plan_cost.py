@@ -141,8 +141,9 @@ def plan_cost(plan: Plan, gpu: Gpu) -> PlanCost:
 
 
 def _kernel_cost(kernel: KernelFact, gpu: Gpu, frozen: frozenset[str]) -> KernelCost:
-    inputs = _distinct(plan_tensors(kernel.inputs), frozen)
-    outputs = _distinct(plan_tensors(kernel.outputs), frozen)
+    fused = kernel.name.startswith(_FUSED_ATTENTION)
+    inputs = _distinct(plan_tensors(kernel.inputs), frozen, fused=fused)
+    outputs = _distinct(plan_tensors(kernel.outputs), frozen, fused=fused)
     role = _role(kernel, inputs, outputs)
     operations = _operations(kernel, role, inputs, outputs)
     matrix = role in {"convolution", "product", "attention"}
@@ -160,7 +161,7 @@ def _kernel_cost(kernel: KernelFact, gpu: Gpu, frozen: frozenset[str]) -> Kernel
         compute_seconds=operations / gpu.rate(dtype) if operations else 0.0,
         memory_seconds=moved / gpu.bandwidth,
         ideal_seconds=_ideal_seconds(role, operations, (*inputs, *outputs), gpu) if matrix else 0.0,
-        fused=kernel.name.startswith(_FUSED_ATTENTION),
+        fused=fused,
         modules=tuple(kernel.modules),
     )
 
@@ -172,12 +173,13 @@ def _ideal_seconds(role: KernelRole, operations: float, tensors: Sequence[PlanTe
 
 
 def _role(kernel: KernelFact, inputs: Sequence[PlanTensor], outputs: Sequence[PlanTensor]) -> KernelRole:
+    if kernel.name.startswith(_FUSED_ATTENTION):
+        return "attention"
     if kernel.kind in _CONVOLUTIONS:
         return "convolution"
     if kernel.kind in COMPUTE_KINDS:
         weighted = any(tensor.constant and len(tensor.dims) > 1 and prod(tensor.dims) > 1 for tensor in inputs)
-        fused = kernel.name.startswith(_FUSED_ATTENTION)
-        return "product" if weighted and not fused else "attention"
+        return "product" if weighted else "attention"
     if kernel.kind in _COPIES:
         return "copy"
     if quantizes_only(kernel):
@@ -233,10 +235,11 @@ def _frozen(kernels: Sequence[KernelFact]) -> frozenset[str]:
     return frozenset(frozen)
 
 
-def _distinct(tensors: Sequence[PlanTensor], frozen: frozenset[str]) -> tuple[PlanTensor, ...]:
+def _distinct(tensors: Sequence[PlanTensor], frozen: frozenset[str], *, fused: bool) -> tuple[PlanTensor, ...]:
     """Each tensor once; what a kernel has made of constants alone counts as one."""
-    marked = (replace(tensor, constant=tensor.constant or tensor.name in frozen) for tensor in tensors)
-    return tuple({tensor.name: tensor for tensor in marked}.values())
+    marked = [replace(tensor, constant=tensor.constant or tensor.name in frozen) for tensor in tensors]
+    # queries, keys and values may be parts of one tensor, and then have its name
+    return tuple(marked) if fused else tuple({tensor.name: tensor for tensor in marked}.values())
 
 
 def _bytes(tensor: PlanTensor) -> float:

@@ -70,13 +70,15 @@ def test_attention_as_two_products_and_as_one_kernel():
     assert not any(item.fused for item in apart.kernels)
     fused = kernel(
         0,
-        "runtime_fusion",
-        ["fp16[2,4,64,16] q", "fp16[2,4,77,16] k", "fp16[2,4,77,16] v"],
-        ["fp16[2,4,64,16] o"],
+        "kgen",  # as TensorRT-RTX 1.7 says
+        ["fp16[8,64,16] qkv", "fp16[8,16,77] qkv", "fp16[8,77,16] qkv"],
+        ["int8[8,64,16] o"],
         name="_gemm_mha_v2_myl0_3",
     )
     (one,) = cost_of(fused).kernels
     assert one.fused
+    assert one.dtype == "fp16"
+    assert one.activation_bytes == 2 * 8 * 16 * (64 + 77 + 77) + 8 * 64 * 16
     assert one.operations == sum(item.operations for item in apart.kernels)
 
 

@@ -13,16 +13,20 @@ from benchmarks.children import run_module
 from benchmarks.costs import Cost, machine
 from qdexport.build.audit import audit
 from qdexport.build.engine import BuildOptions, build_engine
-from qdexport.build.plan import engine_coverage
+from qdexport.build.plan import engine_coverage, plan_tensors
+from qdexport.build.plan_cost import plan_cost
+from qdexport.core.cost_model import CARDS
 from qdexport.core.io_spec import IoSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qdexport.core.progress import ProgressSink
     from qdexport.core.recipe import Recipe
     from qdexport.core.results import EngineFacts, Plan
     from qdexport.core.target import Target
 
-__all__ = ["MODELS", "ScaleJob", "audited", "run_scale"]
+__all__ = ["MODELS", "ScaleJob", "audited", "moved", "run_scale"]
 
 # name on the command line -> configuration of qdexport.models.synthetic
 MODELS = {
@@ -69,10 +73,11 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
     """Compiles one model.
 
     Returns:
-        Costs and counts, as docs/benchmarks.md describes them. ``seconds`` is the wall time of the exporting
-        process (imports and making the weights included) and of the build; ``peak_rss_mb`` is that of the
-        largest process. Neither counts parity and the FP16 plan. ``mismatches`` has a sentence for every layer that
-        is not of the type that was planned, in the file or in the engine.
+        Costs and counts, as docs/benchmarks.md describes them. ``bytes_ratio`` compares the engines' sizes with FP16,
+        ``moved_ratio`` the bytes that one call moves (weights, and activations read and written). ``seconds`` is the
+        wall time of the exporting process (imports and making the weights included) and of the build; ``peak_rss_mb``
+        is that of the largest process. Neither counts parity and the FP16 plan. ``mismatches`` has a sentence for every
+        layer that is not of the type that was planned, in the file or in the engine.
 
     Raises:
         ChildError: quantizing or exporting failed.
@@ -97,6 +102,7 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
         "bytes_ratio": None,
         "onnx_bytes": exported.pop("onnx_bytes"),
         "engine_bytes": engine.bytes,
+        **moved(plan, engine.compute_capabilities),
         **audited(exported.pop("planned"), exported.pop("onnx"), plan),
         **exported,
         "kernels_by_type": engine.kernels_by_type,
@@ -109,7 +115,14 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
         result["stages"]["parity"] = asdict(parity)
     result["stages"]["build"] = {"seconds": build.seconds, "peak_rss_mb": build.peak_rss_mb}
     if job.fp16_baseline:
-        plain, (baseline, _), _ = _compile(job, quantized=False, progress=progress)
+        plain, (baseline, fp16_plan), _ = _compile(job, quantized=False, progress=progress)
+        fp16_moved = moved(fp16_plan, baseline.compute_capabilities)
+        result |= {f"fp16_{name}": value for name, value in fp16_moved.items()}
+        if result["moved_weight_bytes"] is not None and fp16_moved["moved_weight_bytes"] is not None:
+            ours, theirs = (
+                facts["moved_weight_bytes"] + facts["moved_activation_bytes"] for facts in (result, fp16_moved)
+            )
+            result["moved_ratio"] = round(ours / theirs, 4)
         result |= {
             "fp16_kernels": baseline.kernels,
             "fp16_onnx_bytes": plain["onnx_bytes"],
@@ -118,6 +131,23 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
             "bytes_ratio": round(engine.bytes / baseline.bytes, 4),
         }
     return result
+
+
+def moved(plan: Plan, capabilities: Sequence[str]) -> dict[str, Any]:
+    """Bytes that one call moves by the plan, and its roofline time on the first capability's card (a bound).
+
+    All None where a dimension is known only at run time, or no rates are known for the card.
+    """
+    tensors = [tensor for kernel in plan.kernels for tensor in plan_tensors([*kernel.inputs, *kernel.outputs])]
+    card = CARDS.get(capabilities[0]) if capabilities else None
+    if card is None or any(dim < 0 for tensor in tensors for dim in tensor.dims):
+        return {"moved_weight_bytes": None, "moved_activation_bytes": None, "predicted_microseconds": None}
+    cost = plan_cost(plan, card)
+    return {
+        "moved_weight_bytes": round(cost.weight_bytes),
+        "moved_activation_bytes": round(cost.activation_bytes),
+        "predicted_microseconds": round(cost.seconds * 1e6, 1),
+    }
 
 
 def audited(planned: dict[str, str], onnx: dict[str, str], plan: Plan | None) -> dict[str, Any]:
