@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdexport.cli.console import make_progress
+from qdexport.cli.explain import show_explanation
 from qdexport.cli.options import (
     common,
     folder_argument,
@@ -38,6 +39,7 @@ Examples:
   qdexport compile ./my-sd --recipe w8a8-timestep --body fp16 --out out
   qdexport compile runwayml/stable-diffusion-v1-5 --recipe my.yaml --set calibration.prompts=64
   qdexport compile shapes --force build                    build again although nothing changed
+  qdexport compile shapes --explain conv_in                what every compiler pass did to a layer
 """,
 )
 @click.argument("model")
@@ -47,6 +49,8 @@ Examples:
 @out_option
 @click.option("--force", "force", multiple=True, type=click.Choice(_STAGES), help="Do this stage again; repeatable.")
 @click.option("--dump-passes", type=click.Path(file_okay=False), help="Write the graph after each pass to this folder.")
+@click.option("--pass", "extra_passes", multiple=True, metavar="FILE.py:CLASS", help="Also run a pass of your own.")
+@click.option("--explain", metavar="LAYER", help="In the end, say what every compiler pass did to a layer.")
 @common
 def compile_(model: str, **options: Any) -> None:
     """Quantize, export, build and check MODEL: a bundled name, a diffusers folder or a hub id.
@@ -55,7 +59,10 @@ def compile_(model: str, **options: Any) -> None:
     does only what changed; an interrupted one continues. Ends with code 8 when a check failed.
     """
     prepared = _options(model, options)
-    failed = _run(prepared, _out(prepared, options["out"]), options, lambda job: job.compile())
+    out = _out(prepared, options["out"])
+    failed = _run(prepared, out, options, lambda job: job.compile())
+    if options["explain"]:
+        show_explanation(out, options["explain"])
     if failed:
         raise SystemExit(_PARITY_FAILED)
 
@@ -126,6 +133,7 @@ def _options(model: str, options: dict[str, Any]) -> CompileOptions:
         ranges=options["ranges"],
         force=frozenset(options["force"]),
         dump_passes=Path(dump) if dump else None,
+        extra_passes=tuple(options.get("extra_passes", ())),
         workers=options["workers"],
         ray=options["ray"],
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qdexport.cli.explain import explanation, show_explanation
 from qdexport.core.gpus import GPUS, gpu_named
 from qdexport.errors import ModelError
 
@@ -29,6 +30,7 @@ Examples:
   qdexport inspect out/engine/plan.json      kernels and where they come from
   qdexport inspect out --gpu rtx-4090 --plot cost.png    what each kernel must cost on a card
   qdexport inspect out/checkpoint            quantizers, layer by layer
+  qdexport inspect out --explain mid_block.resnets.0.conv1    what every compiler pass did to a layer
 """
 )
 @click.argument("path", type=click.Path(path_type=Path))
@@ -38,9 +40,12 @@ Examples:
     metavar="NAME",
     help=f"Predict what each kernel of the plan must cost at least: {', '.join(GPUS)}.",
 )
+@click.option("--explain", metavar="LAYER", help="Of an output folder: what every compiler pass did to a layer.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="With --gpu: also draw it (PNG).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def inspect(path: Path, layers: bool, gpu: str | None, plot: Path | None, as_json: bool) -> None:
+def inspect(  # one argument per option
+    path: Path, layers: bool, gpu: str | None, explain: str | None, plot: Path | None, as_json: bool
+) -> None:
     """Show what PATH holds: an output folder, an ONNX file, plan.json, or a quantized checkpoint.
 
     With --gpu, a plan's kernels with the bytes they move, the operations they do, and the time that the card's peak
@@ -48,6 +53,9 @@ def inspect(path: Path, layers: bool, gpu: str | None, plot: Path | None, as_jso
     """
     from rich.console import Console
 
+    if explain is not None:
+        _explain(path, explain, as_json=as_json)
+        return
     if plot is not None and gpu is None:
         raise click.UsageError("--plot draws predicted costs: say for which card with --gpu")
     facts = _facts(path) if gpu is None else _cost_facts(path, gpu, plot)
@@ -55,6 +63,13 @@ def inspect(path: Path, layers: bool, gpu: str | None, plot: Path | None, as_jso
         click.echo(json.dumps(facts, indent=2))
         return
     _print(facts, Console(highlight=False), None if layers else _ROWS)
+
+
+def _explain(path: Path, layer: str, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(explanation(path, layer), indent=2))
+    else:
+        show_explanation(path, layer)
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from qdexport.cli.allocate import allocate, sensitivity
 from qdexport.cli.compile import build, compile_, export, quantize, validate
 from qdexport.cli.doctor import doctor
 from qdexport.cli.inspect import inspect
+from qdexport.cli.passes import passes
 from qdexport.cli.recipes import recipes
 from qdexport.cli.sample import sample
 from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
@@ -53,7 +54,9 @@ def cli() -> None:
     """Compiles quantized diffusion models for NVIDIA hardware, and proves at every step that nothing was lost."""
 
 
-for command in (compile_, quantize, export, build, validate, inspect, sample, sensitivity, allocate, recipes, doctor):
+for command in (
+    compile_, quantize, export, build, validate, inspect, sample, sensitivity, allocate, recipes, passes, doctor,
+):  # fmt: skip
     cli.add_command(command)
 
 

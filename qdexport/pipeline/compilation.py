@@ -12,11 +12,14 @@ from qdexport import __version__
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, require_builder
 from qdexport.core.environment import environment_facts
 from qdexport.core.files import atomic_path, digest_of, tree_sha256
+from qdexport.core.pass_log import PASS_LOG_FILE
 from qdexport.core.results import Manifest, Report
 from qdexport.errors import RecipeError
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.load import load_model
 from qdexport.models.source import resolve_source
+from qdexport.passes import default_passes
+from qdexport.passes.loading import load_pass, with_passes
 from qdexport.pipeline.lower import lower_to_onnx, network_facts
 from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
@@ -54,6 +57,7 @@ class CompileOptions:
         copy_weights: store the floating-point weights in the checkpoint, or only where they are.
         force: stages to do again although nothing changed.
         dump_passes: folder for the graph after each pass.
+        extra_passes: passes of the user's, ``FILE.py:Class``.
         workers: processes that measure sensitivities; None: one per core.
         ray: address of a Ray cluster that measures them instead.
     """
@@ -66,6 +70,7 @@ class CompileOptions:
     copy_weights: bool = True
     force: frozenset[str] = frozenset()
     dump_passes: Path | None = None
+    extra_passes: tuple[str, ...] = ()
     workers: int | None = None
     ray: str | None = None
 
@@ -105,9 +110,12 @@ class Compilation:
         """Refuses what cannot work before anything long is started.
 
         Raises:
-            RecipeError: the target does not build for a compute capability, or cannot run the body's type.
+            RecipeError: the target does not build for a compute capability, or cannot run the body's type; a pass of
+                the user's cannot be used.
+            GraphPassError: the file of a pass of the user's cannot be executed.
             MissingDependencyError: the target's builder is not installed.
         """
+        with_passes(default_passes(), [load_pass(source) for source in self.options.extra_passes])
         recipe, target = self.options.recipe, self.options.target
         if recipe.body != "auto" and recipe.body not in target.bodies:
             raise RecipeError(
@@ -166,13 +174,15 @@ class Compilation:
             "checkpoint": self.workspace.digest("checkpoint"),
             "target": digest_of(self.options.target.name, self.options.target.opset),
             "shapes": digest_of(self.options.recipe.shapes.model_dump()),
+            "passes": digest_of(*map(_pass_digest, self.options.extra_passes)),
             "tool": __version__,
         }
 
         def work() -> list[Made]:
-            lowered = lower_to_onnx(self.model, folder, self.options.target, self.options.dump_passes)
+            extra = [load_pass(source) for source in self.options.extra_passes]
+            lowered = lower_to_onnx(self.model, folder, self.options.target, self.options.dump_passes, extra)
             files = sorted(folder.iterdir(), key=lambda path: path == lowered.file.path)
-            return [Made("onnx", path) for path in files]
+            return [Made("log" if path.name == PASS_LOG_FILE else "onnx", path) for path in files]
 
         with self.progress.stage("export"):
             self.workspace.run_stage("export", inputs, work, force="export" in self.options.force)
@@ -246,6 +256,12 @@ class Compilation:
             workers=options.workers,
             ray=options.ray,
         )
+
+
+def _pass_digest(source: str) -> str:
+    """A pass of the user's is known by its file's contents and the name of its class."""
+    file, _, name = source.rpartition(":")
+    return f"{_file_digest(file)}:{name}"
 
 
 def _file_digest(path: str | None) -> str:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from qdexport.capture.export import capture
 from qdexport.core.network_facts import NetworkFacts
+from qdexport.core.pass_log import PASS_LOG_FILE, PassFacts, PassLog
 from qdexport.emit.onnx_file import OnnxFile, emit
 from qdexport.errors import RecipeError
 from qdexport.graph.runner import PassContext, PassReport, run_passes
 from qdexport.models.denoiser_io import io_spec
 from qdexport.passes import default_passes
+from qdexport.passes.loading import with_passes
 from qdexport.quant.attach import training_steps_of
 from qdexport.quant.softmax import SoftmaxQuantizer
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qdexport.core.target import Target
+    from qdexport.graph.runner import GraphPass
     from qdexport.quant.attach import QuantizedModel
 
 __all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts", "stores_int4_weights"]
@@ -46,8 +49,21 @@ def check_target(model: QuantizedModel, target: Target) -> None:
         )
 
 
-def lower_to_onnx(model: QuantizedModel, folder: Path, target: Target, dump_dir: Path | None = None) -> Lowered:
-    """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx``.
+def lower_to_onnx(
+    model: QuantizedModel,
+    folder: Path,
+    target: Target,
+    dump_dir: Path | None = None,
+    extra_passes: Sequence[GraphPass] = (),
+) -> Lowered:
+    """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx`` and what every pass did.
+
+    Args:
+        model: of any recipe.
+        folder: is replaced.
+        target: decides what passes do.
+        dump_dir: for the graph after every pass.
+        extra_passes: a user's own.
 
     Raises:
         RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
@@ -69,9 +85,10 @@ def lower_to_onnx(model: QuantizedModel, folder: Path, target: Target, dump_dir:
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
     )
-    reports = run_passes(captured.model, default_passes(), context, dump_dir)
+    reports = run_passes(captured.model, with_passes(default_passes(), extra_passes), context, dump_dir)
     facts = facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
     file = emit(captured.model, folder, target, facts.to_metadata())
+    _log(reports).save(folder / PASS_LOG_FILE)
     return Lowered(file=file, facts=facts, passes=tuple(reports))
 
 
@@ -88,6 +105,24 @@ def _notes(model: QuantizedModel) -> dict[str, str]:
             )
             notes[name] = f"behind softmax: {module.spec.bits} bits, {kinds}"
     return notes
+
+
+def _log(reports: Sequence[PassReport]) -> PassLog:
+    """Without seconds, so that equal graphs have equal logs."""
+    return PassLog(
+        passes=[
+            PassFacts(
+                name=report.name,
+                exact=report.exact,
+                nodes_before=report.nodes_before,
+                nodes_after=report.nodes_after,
+                touched=list(dict.fromkeys(report.touched)),
+                notes=report.notes,
+                skipped=[(item.node, item.reason) for item in report.skipped],
+            )
+            for report in reports
+        ]
+    )
 
 
 def _pass_notes(reports: Sequence[PassReport]) -> dict[str, str]:

@@ -116,3 +116,46 @@ def test_two_processes_cannot_share_an_output_folder(compiled, qdexport, tiny_fo
         result = qdexport("compile", tiny_folder, "--recipe", "w8a8-timestep", "--out", compiled, *SMALL)
     assert result.exit_code == 10
     assert "another process" in result.output
+
+
+def test_explaining_a_layer(compiled, qdexport):
+    result = qdexport("inspect", compiled, "--explain", "mid_block.resnets.0.conv1", "--json")
+    assert result.exit_code == 0, result.output
+    what = {item["pass"]: item["what"] for item in json.loads(result.stdout)}
+    assert what["fold-adapters"] == what["lower-timestep-scale"] == "changed"
+    assert what["precompute-bos"] == "nothing"
+    wrong = qdexport("inspect", compiled, "--explain", "mid_block.resnets.0.conv3")
+    assert wrong.exit_code == 2
+    assert "did you mean mid_block.resnets.0.conv" in wrong.output
+
+
+def test_predicted_costs_of_the_plan(compiled, qdexport, tmp_path):
+    picture = tmp_path / "cost.png"
+    result = qdexport("inspect", compiled, "--gpu", "rtx-4090", "--plot", picture, "--json")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["microseconds"] == pytest.approx(sum(facts["microseconds_by_role"].values()), abs=0.5)
+    assert facts["microseconds"] > facts["microseconds_if_all_were_int8_and_fused"] > 0
+    assert picture.stat().st_size > 10_000
+    assert qdexport("inspect", compiled, "--gpu", "gtx-480").exit_code == 2
+    assert qdexport("inspect", compiled, "--plot", picture).exit_code == 2
+    assert qdexport("inspect", compiled / "checkpoint", "--gpu", "rtx-4090").exit_code == 3
+
+
+def test_a_pass_of_the_users_runs(compiled, qdexport, tmp_path):
+    """It is in the log, in its place; the cached export is not taken for it."""
+    out = tmp_path / "out"
+    shutil.copytree(compiled, out)
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "class Mine:\n    name = 'mine'\n    exact = True\n    runs_after = ('fold-adapters',)\n\n"
+        "    def apply(self, model, context, report):\n        report.touched.append('conv_in')\n"
+    )
+    manifest = Manifest.load(out / "manifest.json")
+    arguments = ["--recipe", "w8a8-timestep", "--out", out, "--pass", f"{file}:Mine", "--explain", "conv_in", *SMALL]
+    result = qdexport("compile", manifest.model, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "mine" in result.stderr
+    assert "changed" in result.stderr
+    names = [item["name"] for item in json.loads((out / "onnx" / "passes.json").read_text())["passes"]]
+    assert names.index("mine") == names.index("fold-adapters") + 1

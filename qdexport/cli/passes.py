@@ -1,0 +1,64 @@
+"""``qdexport passes``: the compiler's passes, and what one of them says about itself."""
+
+from __future__ import annotations
+
+import difflib
+import inspect as python_inspect
+import json
+import sys
+
+import click
+
+__all__ = ["passes"]
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  qdexport passes                          all passes, in their order
+  qdexport passes sequence-first           before, after, identity
+  qdexport compile shapes --dump-passes graphs --explain conv_in
+  qdexport compile shapes --pass my_pass.py:MyPass
+"""
+)
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def passes(name: str | None, as_json: bool) -> None:
+    """List the compiler's passes in the order in which they run, or explain the pass NAME.
+
+    exact: all numbers stay (but for the order of sums in floating point). re-rounds: numbers may change in their last
+    places.
+    """
+    from qdexport.errors import RecipeError
+    from qdexport.passes import DEFAULT_ORDER
+
+    documents = {item.name: python_inspect.getdoc(sys.modules[item.__module__]) or "" for item in DEFAULT_ORDER}
+    if name is not None:
+        if name not in documents:
+            near = difflib.get_close_matches(name, documents, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"no pass {name!r}{hint} (passes: {', '.join(documents)})")
+        click.echo(json.dumps({"name": name, "text": documents[name]}, indent=2) if as_json else documents[name])
+        return
+    rows = [
+        {
+            "name": item.name,
+            "numbers": "exact" if item.exact else "re-rounds",
+            "after": list(item.runs_after),
+            "what": documents[item.name].splitlines()[0],
+        }
+        for item in DEFAULT_ORDER
+    ]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("pass", style="bold", no_wrap=True)
+    table.add_column("numbers", no_wrap=True)
+    table.add_column("what it does")
+    for row in rows:
+        table.add_row(str(row["name"]), str(row["numbers"]), str(row["what"]))
+    Console(highlight=False).print(table)
