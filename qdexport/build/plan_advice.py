@@ -59,7 +59,7 @@ def _group(kernels: Sequence[KernelCost], rule: Callable[[KernelCost], bool]) ->
 
 
 def _sentence(seconds: float, whole: float, kernels: Sequence[KernelCost], text: str) -> str:
-    names = [kernel.modules[0] for kernel in kernels if kernel.modules and kernel.modules[0]]
+    names = [kernel.module for kernel in kernels if kernel.module]
     shown = list(dict.fromkeys(names))[:_SHOWN]
     where = f" (first: {', '.join(shown)})" if shown else ""
     return f"{seconds * 1e6:.3g} us, {100 * seconds / whole:.0f} %: {text.format(count=len(kernels))}{where}"

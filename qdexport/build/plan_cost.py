@@ -83,6 +83,12 @@ class KernelCost:
         return max(self.compute_seconds, self.memory_seconds)
 
     @property
+    def module(self) -> str:
+        """The torch module to name it by: a layer or block rather than a quantizer; empty when none is known."""
+        layers = [module for module in self.modules if module and "_quantizer" not in module]
+        return next(iter(layers or self.modules), "")
+
+    @property
     def bytes(self) -> float:
         """All bytes moved."""
         return self.weight_bytes + self.activation_bytes

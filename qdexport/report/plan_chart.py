@@ -101,7 +101,7 @@ def _draw_slowest(axis: Any, slowest: Sequence[KernelCost]) -> None:
     )
     axis.plot([k.compute_seconds * _MICRO for k in slowest], places, "|", color=_INK, ms=7, label="compute alone")
     axis.plot([k.memory_seconds * _MICRO for k in slowest], places, "x", color=_INK, ms=4, label="memory alone")
-    axis.set_yticks(places, [f"{(k.modules or (k.name,))[0]} [{k.role}]" for k in slowest], fontsize=5.5)
+    axis.set_yticks(places, [f"{k.module or k.name} [{k.role}]" for k in slowest], fontsize=5.5)
     axis.invert_yaxis()
     axis.set_xlabel("microseconds, at best")
     axis.set_title("slowest kernels", loc="left", fontsize=8)

@@ -93,6 +93,14 @@ def test_a_widened_weight_is_a_weight_still():
     assert cost.share(["widen"]) == cost.kernels[0].seconds / cost.seconds
 
 
+def test_a_kernel_is_named_by_its_layer():
+    both = GEMM.model_copy(update={"modules": ["ff.net.2.input_quantizer", "ff.net.0", "ff.net.0.proj"]})
+    assert cost_of(both).kernels[0].module == "ff.net.0"
+    alone = GEMM.model_copy(update={"modules": ["conv_in.input_quantizer"]})
+    assert cost_of(alone).kernels[0].module == "conv_in.input_quantizer"
+    assert cost_of(GEMM.model_copy(update={"modules": []})).kernels[0].module == ""
+
+
 def test_signals_and_jumps_move_nothing():
     signal = kernel(0, "signal", [], [])
     assert cost_of(signal, CONV).kernels == cost_of(CONV).kernels
