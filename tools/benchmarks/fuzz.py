@@ -1,0 +1,283 @@
+"""Random denoisers and recipes through the whole compiler: what is drawn, and what must hold for each."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import onnx_ir as ir
+
+from benchmarks.scale import audited
+from benchmarks.synthetic import ddim_timesteps, synthetic_plans, synthetic_ranges
+from qdexport.build.audit import audit
+from qdexport.build.engine import BuildOptions, build_engine
+from qdexport.check.calls import check_calls
+from qdexport.check.measure import sqnr_db
+from qdexport.check.parity import layer_parity
+from qdexport.check.verdict import layer_problems
+from qdexport.core.recipe import Recipe
+from qdexport.core.spec import layer_precision
+from qdexport.core.target import TARGETS, target_named
+from qdexport.emit.coverage import onnx_coverage
+from qdexport.errors import GraphPassError, QdExportError
+from qdexport.graph.evaluate import evaluate
+from qdexport.models.load import loaded_from_denoiser
+from qdexport.models.synthetic import random_unet
+from qdexport.passes import DEFAULT_ORDER
+from qdexport.pipeline.lower import lower_to_onnx, network_facts, stores_int4_weights
+from qdexport.quant.attach import quantize_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+
+    from qdexport.core.target import Target
+    from qdexport.graph.runner import GraphPass, PassContext, PassReport
+    from qdexport.pipeline.lower import Lowered
+    from qdexport.quant.attach import QuantizedModel
+
+__all__ = ["Checked", "Draw", "FuzzError", "check_draw", "draw"]
+
+_STEPS = 4
+# A flipped code is one part in 2^bits of one activation, and a wrong wire is everything: around 0 dB.
+_LEAST_WHOLE_DB = 10.0
+
+
+class FuzzError(Exception):
+    """A draw broke a promise; the message says which."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """One random case.
+
+    Attributes:
+        seed: makes it again.
+        model: name of a synthetic configuration.
+        changes: entries that replace the configuration's.
+        recipe: as a mapping.
+    """
+
+    seed: int
+    model: str
+    changes: dict[str, Any]
+    recipe: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}: {self.model} {self.changes} {self.recipe}"
+
+
+def draw(seed: int) -> Draw:
+    """A denoiser with attention, shortcuts and a time path, and a recipe that fits it."""
+    source = random.Random(seed)
+    model = source.choice(["tiny_sd", "tiny_sd", "tiny_sdxl", "tiny_unet2d"])
+    return Draw(seed=seed, model=model, changes=_changes(source, model), recipe=_recipe(source, model, seed))
+
+
+def _changes(source: random.Random, model: str) -> dict[str, Any]:
+    levels = source.choice([2, 2, 3])
+    widths = tuple(source.choice([16, 24, 32, 48]) for _ in range(levels))
+    changes: dict[str, Any] = {
+        "block_out_channels": widths,
+        "layers_per_block": source.choice([1, 1, 2]),
+        "norm_num_groups": source.choice([4, 8]),
+        "sample_size": source.choice([8, 12]),
+        "act_fn": source.choice(["silu", "silu", "gelu"]),
+        "resnet_time_scale_shift": source.choice(["default", "default", "scale_shift"]),
+    }
+    cross = model != "tiny_unet2d"
+    down, up = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if cross else ("AttnDownBlock2D", "AttnUpBlock2D")
+    attended = [source.random() < 0.6 for _ in range(levels)]
+    attended[source.randrange(levels)] = True
+    changes["down_block_types"] = tuple(down if here else "DownBlock2D" for here in attended)
+    changes["up_block_types"] = tuple(up if here else "UpBlock2D" for here in reversed(attended))
+    if cross:
+        changes["attention_head_dim"] = tuple(source.choice([2, 4]) for _ in range(levels))
+        changes["use_linear_projection"] = source.random() < 0.5
+        changes["transformer_layers_per_block"] = tuple(source.choice([1, 1, 2]) for _ in range(levels))
+        changes["cross_attention_dim"] = source.choice([16, 24, 32])
+    else:
+        changes["attention_head_dim"] = source.choice([4, 8])
+    return changes
+
+
+def _recipe(source: random.Random, model: str, seed: int) -> dict[str, Any]:
+    body = source.choice(["fp32", "fp32", "fp16"])
+    recipe: dict[str, Any] = {
+        "name": f"fuzz-{seed}",
+        "body": body,
+        "rules": [{"match": "*", **_quantizers(source)}],
+        "activation_rows": source.choice(["static", "static", "per_step", {"method": "uniform", "count": 2}]),
+        "time_embedding": source.choice(["steps", "steps", "all", "keep"]),
+        "split_shortcuts": source.random() < 0.5,
+        "allow_re_rounding": source.random() < 0.3,
+        "int4_storage": source.choice(["auto", "auto", "never"]),
+        "shapes": {"batch": source.choice([1, 2, 2, 3])},
+        "calibration": {"steps": _STEPS, "prompts": 2},
+    }
+    if source.random() < 0.5:
+        recipe["rules"].append({"match": source.choice(["*.ff.*", "*.resnets.*", "conv_in"]), **_quantizers(source)})
+        if model == "tiny_unet2d":
+            recipe["rules"][-1]["match"] = source.choice(["*.resnets.*", "conv_in"])
+    if source.random() < 0.2:
+        recipe["rules"].append({"match": "conv_out"})
+    if source.random() < 0.4:
+        kinds = source.choice([["conv"], ["conv", "linear"]])
+        recipe["channel_scale"] = {"match": "*", "kinds": kinds, "power_of_two": source.random() < 0.7}
+    if source.random() < 0.4:
+        recipe["softmax"] = {"bits": source.choice([4, 8]), "mode": source.choice(["adaptive", "log2", "uniform"])}
+    if model != "tiny_unet2d" and source.random() < 0.4:
+        recipe["bos"] = "constant"
+    return recipe
+
+
+def _quantizers(source: random.Random) -> dict[str, Any]:
+    symmetric = source.random() < 0.5
+    return {
+        "weight": {
+            "bits": source.choice([8, 8, 8, 6, 5, 4, 3, 2]),
+            "granularity": source.choice(["per_channel", "per_channel", "per_tensor"]),
+        },
+        "activation": {
+            "bits": source.choice([8, 8, 8, 6, 4]),
+            "symmetric": symmetric,
+            "signed": symmetric or source.random() < 0.3,
+        },
+    }
+
+
+@dataclass(slots=True)
+class Checked:
+    """What was seen of one draw.
+
+    Attributes:
+        passes_db: SQNR of the network's output before and after each pass that changed something.
+        layers: quantized layers and softmax quantizers that were compared.
+        least_db: of their outputs.
+        kernels: of the engine.
+    """
+
+    passes_db: dict[str, float] = field(default_factory=dict)
+    layers: int = 0
+    least_db: float = float("inf")
+    kernels: int = 0
+
+
+def check_draw(case: Draw, folder: Path, *, build: bool) -> Checked:
+    """Compiles a draw for every target, executes the graph around each pass, and audits file and plan.
+
+    Args:
+        case: what to compile.
+        folder: for graphs and engines.
+        build: also build with TensorRT-RTX.
+
+    Raises:
+        FuzzError: a promise is broken: a type that was not planned, a code that differs, a pass that changes numbers,
+            or a step that failed at all.
+    """
+    checked = Checked()
+    try:
+        model = _quantized(case)
+        for target in TARGETS.values():
+            lowered = _lowered(model, folder / target.name, target, checked)
+            _check_file(model, lowered, target, checked)
+            if build and target.name == "tensorrt-rtx":
+                _check_engine(model, lowered, folder / "engine", checked)
+    except QdExportError as error:
+        raise FuzzError(f"{type(error).__name__}: {error}") from error
+    return checked
+
+
+def _quantized(case: Draw) -> QuantizedModel:
+    recipe = Recipe.model_validate(case.recipe)
+    denoiser = random_unet(case.model, seed=case.seed, **case.changes)
+    loaded = loaded_from_denoiser(denoiser, name=case.model)
+    plans = synthetic_plans(loaded, recipe, case.seed)
+    ranges = synthetic_ranges(loaded, plans, recipe, ddim_timesteps(_STEPS), case.seed)
+    return quantize_model(loaded, plans, recipe, ranges)
+
+
+def _executed(behind: str, shared: _Shared) -> GraphPass:
+    """A pass that changes nothing: it executes the graph in numpy and compares it with the execution before."""
+
+    class Executed:
+        """Runs directly behind the pass that is checked."""
+
+        name: ClassVar[str] = f"executed-after-{behind}" if behind else "executed-first"
+        exact: ClassVar[bool] = True
+        runs_after: ClassVar[tuple[str, ...]] = (behind,) if behind else ()
+
+        def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
+            del context, report
+            shared.execute(model, behind)
+
+    return Executed()
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What executions hand on: the inputs, the last graph and its output, and SQNR by pass."""
+
+    feeds: Mapping[str, np.ndarray]
+    decibels: dict[str, float] = field(default_factory=dict)
+    digest: str = ""
+    output: np.ndarray | None = None
+
+    def execute(self, model: ir.Model, behind: str) -> None:
+        """Executes a graph that differs from the last one, and compares the outputs."""
+        proto = ir.to_proto(model)
+        digest = hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+        if digest == self.digest:
+            return
+        output = next(iter(evaluate(proto, self.feeds).values()))
+        if self.output is not None:
+            self.decibels[behind] = sqnr_db(self.output, output)
+            if not self.decibels[behind] >= _LEAST_WHOLE_DB:
+                raise GraphPassError(f"{behind} changes the network's output: SQNR {self.decibels[behind]:.1f} dB")
+        self.digest, self.output = digest, output
+
+
+def _lowered(model: QuantizedModel, folder: Path, target: Target, checked: Checked) -> Lowered:
+    """Lowers; for the first target with an execution behind every pass."""
+    if target.name != "tensorrt-rtx":
+        return lower_to_onnx(model, folder, target)
+    calls = check_calls(model, network_facts(model, target).io, 1, 0)
+    shared = _Shared({name: tensor.numpy() for name, tensor in calls[0].inputs.items()}, checked.passes_db)
+    # the last one stands in front of the check of all types: nothing may come behind that
+    names = ["", *(item.name for item in DEFAULT_ORDER[:-1])]
+    return lower_to_onnx(model, folder, target, extra_passes=[_executed(name, shared) for name in names])
+
+
+def _check_file(model: QuantizedModel, lowered: Lowered, target: Target, checked: Checked) -> None:
+    """Types as planned, and every layer of the file against PyTorch on equal inputs."""
+    planned, found = _types(model, lowered, target)
+    problems = audit(planned, found, None)
+    calls = check_calls(model, lowered.facts.io, 3, 0)
+    layers = layer_parity(model, lowered.file.path, lowered.facts.io, calls)
+    problems += layer_problems(layers, model.body)
+    if problems:
+        raise FuzzError(f"{target.name}: {'; '.join(problems)}")
+    checked.layers = len(layers)
+    checked.least_db = min(checked.least_db, *(item.sqnr_db for item in layers))
+
+
+def _check_engine(model: QuantizedModel, lowered: Lowered, folder: Path, checked: Checked) -> None:
+    """The kernel plan against the plan."""
+    target = target_named("tensorrt-rtx")
+    options = BuildOptions(target=target, io=lowered.facts.io, compute_capabilities=("8.9",))
+    facts, plan = build_engine(lowered.file.path, folder, options)
+    planned, found = _types(model, lowered, target)
+    problems = audited(planned, found, plan)["mismatches"]
+    if problems:
+        raise FuzzError(f"engine: {'; '.join(problems)}")
+    checked.kernels = facts.kernels
+
+
+def _types(model: QuantizedModel, lowered: Lowered, target: Target) -> tuple[dict[str, str], dict[str, str]]:
+    int4 = stores_int4_weights(model, target)
+    planned = {part: layer_precision(plan, model.body, int4_linear=int4) for plan in model.plans for part in plan.parts}
+    return planned, onnx_coverage(lowered.file.path, model.plans)
