@@ -64,6 +64,8 @@ class SequenceFirst:
     runs_after: ClassVar[tuple[str, ...]] = ("plain-attention",)
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
+        if not context.target.sequence_first:
+            return
         seen: set[ir.Value] = set()
         for node in list(model.graph):
             if not _is_entry(node) or node.outputs[0] in seen:

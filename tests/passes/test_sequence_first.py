@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from qdexport.core.target import TARGETS
 from qdexport.graph.dialect import SEQUENCE_FIRST_KEY
 from qdexport.graph.runner import PassReport
 from qdexport.passes.sequence_first import SequenceFirst
@@ -82,6 +85,12 @@ def test_data_movement_alone_changes_no_bit(graphs, noise):
     ran = graphs.run(network(graphs, noise, block), SequenceFirst(), feeds(noise))
     assert ran.report.touched == ["t"]
     ran.assert_equal()
+
+
+def test_other_targets_keep_their_layout(graphs, noise):
+    context = replace(graphs.context_of(), target=TARGETS["onnxruntime"])
+    ran = graphs.run(network(graphs, noise), SequenceFirst(), feeds(noise), context)
+    assert ran.report.touched == []
 
 
 def test_one_image_has_nothing_to_gain(graphs, noise):
