@@ -24,7 +24,7 @@ def fuzz():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_random_cases_hold(fuzz, seed, tmp_path):
-    case = fuzz.draw(seed)
+    case = fuzz.draw(seed, small=True)
     seen = fuzz.check_draw(case, tmp_path, build=True)
     assert seen.layers > 20, str(case)
     assert seen.kernels > 50
@@ -47,4 +47,4 @@ def test_a_pass_that_breaks_the_network_is_named(fuzz, monkeypatch, tmp_path):
 
     monkeypatch.setattr(LowerBitwidth, "apply", broken)
     with pytest.raises(fuzz.FuzzError, match="lower-bitwidth changes the network's output"):
-        fuzz.check_draw(fuzz.draw(0), tmp_path, build=False)
+        fuzz.check_draw(fuzz.draw(0, small=True), tmp_path, build=False)
