@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["Checked", "Draw", "FuzzError", "check_draw", "draw"]
 
 _STEPS = 4
-# A wrong wire makes outputs independent: -3 dB. Rounding alone flips codes, which networks of two bits in FP16 multiply down
-# to some 10 dB; whether codes are equal is for the comparison of layers to say.
+# A wrong wire makes outputs independent: -3 dB. Rounding alone flips codes, which networks of two bits in FP16 multiply
+# down to some 10 dB; whether codes are equal is for the comparison of layers to say.
 _LEAST_WHOLE_DB = 3.0
 
 
