@@ -22,6 +22,8 @@ __all__ = [
     "PlanTensor",
     "compute_precision",
     "engine_coverage",
+    "frozen_tensors",
+    "is_fused_attention",
     "kernel_counts",
     "parse_plan",
     "plan_tensors",
@@ -150,11 +152,11 @@ def plan_tensors(texts: Iterable[str]) -> tuple[PlanTensor, ...]:
 def kernel_counts(plan: Plan) -> KernelCounts:
     """Counts the kernels of a plan by what they do."""
     kernels = [kernel for kernel in plan.kernels if kernel.kind not in _STREAM_KINDS]
-    frozen = _frozen_tensors(kernels)
+    frozen = frozen_tensors(kernels)
     weighted: list[str] = []
     attention = 0
     for kernel in kernels:
-        if kernel.name.startswith(_ATTENTION):
+        if is_fused_attention(kernel):
             attention += 1
         elif kernel.kind in COMPUTE_KINDS:
             if any(tensor.name in frozen for tensor in _operands(kernel)):
@@ -303,7 +305,7 @@ def _worst(precisions: Iterable[str]) -> str:
     return max(precisions, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
 
 
-def _frozen_tensors(kernels: Sequence[KernelFact]) -> set[str]:
+def frozen_tensors(kernels: Sequence[KernelFact]) -> set[str]:
     """Names of tensors that depend on no network input: constants, and what kernels make of them alone."""
     frozen: set[str] = set()
     for kernel in kernels:
@@ -312,6 +314,11 @@ def _frozen_tensors(kernels: Sequence[KernelFact]) -> set[str]:
         if inputs and all(tensor.name in frozen for tensor in inputs):
             frozen |= {tensor.name for tensor in plan_tensors(kernel.outputs)}
     return frozen
+
+
+def is_fused_attention(kernel: KernelFact) -> bool:
+    """Whether a kernel is a whole attention, whatever kind the builder calls it."""
+    return kernel.name.startswith(_ATTENTION)
 
 
 def quantizes_only(kernel: KernelFact) -> bool:

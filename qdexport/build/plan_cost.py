@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Literal
 
-from qdexport.build.plan import COMPUTE_KINDS, PlanTensor, compute_precision, plan_tensors, quantizes_only
+from qdexport.build.plan import (
+    COMPUTE_KINDS,
+    PlanTensor,
+    compute_precision,
+    frozen_tensors,
+    is_fused_attention,
+    plan_tensors,
+    quantizes_only,
+)
 from qdexport.errors import BuildError
 
 if TYPE_CHECKING:
@@ -37,7 +45,6 @@ _BYTES = {
     "int32": 4.0,
     "int64": 8.0,
 }
-_FUSED_ATTENTION = "_gemm_mha"
 _CONVOLUTIONS = frozenset({"correlation", "deconv", "CaskConvolution", "CaskConvActPool", "CaskDeconvolution"})
 _COPIES = frozenset({"copy", "memset"})
 _NO_KERNELS = frozenset({"signal", "wait", "cjmp"})
@@ -142,12 +149,12 @@ def plan_cost(plan: Plan, gpu: Gpu) -> PlanCost:
         RecipeError: a kernel multiplies in a type that the GPU does not have.
     """
     kernels = [kernel for kernel in plan.kernels if kernel.kind not in _NO_KERNELS]
-    frozen = _frozen(kernels)
+    frozen = frozen_tensors(kernels)
     return PlanCost(gpu=gpu, kernels=tuple(_kernel_cost(kernel, gpu, frozen) for kernel in kernels))
 
 
-def _kernel_cost(kernel: KernelFact, gpu: Gpu, frozen: frozenset[str]) -> KernelCost:
-    fused = kernel.name.startswith(_FUSED_ATTENTION)
+def _kernel_cost(kernel: KernelFact, gpu: Gpu, frozen: set[str]) -> KernelCost:
+    fused = is_fused_attention(kernel)
     inputs = _distinct(plan_tensors(kernel.inputs), frozen, fused=fused)
     outputs = _distinct(plan_tensors(kernel.outputs), frozen, fused=fused)
     role = _role(kernel, inputs, outputs)
@@ -179,7 +186,7 @@ def _ideal_seconds(role: KernelRole, operations: float, tensors: Sequence[PlanTe
 
 
 def _role(kernel: KernelFact, inputs: Sequence[PlanTensor], outputs: Sequence[PlanTensor]) -> KernelRole:
-    if kernel.name.startswith(_FUSED_ATTENTION):
+    if is_fused_attention(kernel):
         return "attention"
     if kernel.kind in _CONVOLUTIONS:
         return "convolution"
@@ -207,7 +214,7 @@ def _operations(
     if role == "convolution":
         weight = _weight(inputs)
         return 2.0 * prod(out.dims) * prod(weight.dims) / weight.dims[0]
-    if kernel.name.startswith(_FUSED_ATTENTION):
+    if is_fused_attention(kernel):
         return _attention_operations(inputs)
     a = next(tensor for tensor in inputs if not tensor.constant)
     if role == "product":
@@ -231,19 +238,9 @@ def _attention_operations(inputs: Sequence[PlanTensor]) -> float:
     return 4.0 * prod(query.dims) * prod(key.dims) / prod(query.dims[:-2]) / query.dims[-1]
 
 
-def _frozen(kernels: Sequence[KernelFact]) -> frozenset[str]:
-    """Names of tensors that kernels make of constants alone."""
-    frozen: set[str] = set()
-    for kernel in kernels:
-        inputs = plan_tensors(kernel.inputs)
-        if inputs and all(tensor.constant or tensor.name in frozen for tensor in inputs):
-            frozen |= {tensor.name for tensor in plan_tensors(kernel.outputs)}
-    return frozenset(frozen)
-
-
-def _distinct(tensors: Sequence[PlanTensor], frozen: frozenset[str], *, fused: bool) -> tuple[PlanTensor, ...]:
+def _distinct(tensors: Sequence[PlanTensor], frozen: set[str], *, fused: bool) -> tuple[PlanTensor, ...]:
     """Each tensor once; what a kernel has made of constants alone counts as one."""
-    marked = [replace(tensor, constant=tensor.constant or tensor.name in frozen) for tensor in tensors]
+    marked = [replace(tensor, constant=tensor.name in frozen) for tensor in tensors]
     # queries, keys and values may be parts of one tensor, and then have its name
     return tuple(marked) if fused else tuple({tensor.name: tensor for tensor in marked}.values())
 
