@@ -98,6 +98,12 @@ def test_a_merged_kernel_counts_once_and_covers_each_layer():
     }
 
 
+def test_a_product_that_was_merged_before_the_builder_covers_each_layer():
+    plan = plan_of(QKV.replace("to_v/MatMul", "b.to_k+b.to_v/MatMul"))
+    assert engine_coverage(plan, ["b.to_k", "b.to_v"]) == {"b.to_k": "int8", "b.to_v": "int8"}
+    assert plan.kernels[0].modules[:2] == ["b.to_k", "b.to_v"]
+
+
 def test_tensors_can_be_parsed_back():
     for item in (
         PlanTensor(name="a b", dtype="int8", dims=(-1, 3), constant=True),

@@ -82,3 +82,11 @@ def test_parts_of_a_split_layer(tmp_path):
     model.graph.node[-1].name = "l#0/MatMul"
     onnx.save(model, path)
     assert onnx_coverage(path, [plan("l", splits=(4, 4))]) == {"l#0": "int8", "l#1": "missing"}
+
+
+def test_every_layer_of_a_merged_product(tmp_path):
+    path = linear_file(tmp_path / "m.onnx", "int8")
+    model = onnx.load(path)
+    model.graph.node[-1].name = "a.to_q+a.to_k/MatMul"
+    onnx.save(model, path)
+    assert onnx_coverage(path, [plan("a.to_q"), plan("a.to_k")]) == {"a.to_q": "int8", "a.to_k": "int8"}

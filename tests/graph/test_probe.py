@@ -201,3 +201,54 @@ def test_an_input_without_a_type_is_named(model: ir.Model) -> None:
     probes["a"].x.type = None
     with pytest.raises(ParityError, match="input of layer a"):
         build_probe(model, list(probes.values()))
+
+
+MERGED = """
+["a+b.input_quantizer/QuantizeLinear"] fq = QuantizeLinear(sample, step, zero)
+["a.input_quantizer/DequantizeLinear"] fdq = DequantizeLinear(fq, step, zero)
+["a+b/DequantizeLinear"] w = DequantizeLinear<axis: int = 1>(codes, ones, zeros)
+["a+b/MatMul"] product = MatMul(fdq, w)
+["a+b/Mul"] scaled = Mul(product, scale)
+["a+b/Split"] ay, by = Split<axis: int = -1>(scaled, widths)
+["a/Relu"] ar = Relu(ay)
+["sum/Sub"] y = Sub(by, ar)
+"""
+
+
+def merged_model(noise: np.random.Generator, widths: list[int]) -> ir.Model:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]>\n'
+        f"g (float[1, 6] sample) => (float[1, 3] y) {{{MERGED}}}".replace("a+b.input", "a.input")
+    )
+    arrays = {
+        "step": np.float32(0.125),
+        "zero": np.int8(0),
+        "codes": noise.integers(-127, 128, (6, 4)).astype(np.int8),
+        "ones": np.ones(4, np.float32),
+        "zeros": np.zeros(4, np.int8),
+        "scale": np.float32([0.5, 0.25, 0.125, 1]),
+        "widths": np.array(widths, np.int64),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in arrays.items())
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model, data_prop=True))
+
+
+def test_layers_of_a_merged_product_have_their_own_codes_and_outputs(noise: np.random.Generator) -> None:
+    model = merged_model(noise, [1, 3])
+    probes = find_probes(model, ["a", "b"])
+    codes = model.graph.initializers["codes"].const_value.numpy()
+    assert (weight_codes(probes["a"]) == codes.T[:1]).all()
+    assert (weight_codes(probes["b"]) == codes.T[1:]).all()
+    x = noise.standard_normal((1, 6)).astype(np.float32)
+    found = evaluate(build_probe(model, list(probes.values())), {"a/x": x, "b/x": x})
+    whole = run_whole(model, {"sample": x}, ["ay", "by"])
+    np.testing.assert_array_equal(found["a/y"], whole["ay"])
+    np.testing.assert_array_equal(found["b/y"], whole["by"])
+
+
+def test_a_merged_product_without_an_output_for_each_layer(noise: np.random.Generator) -> None:
+    model = merged_model(noise, [1, 3])
+    split = next(node for node in model.graph if node.op_type == "Split")
+    split.inputs[1].const_value = ir.tensor(np.int64([1, 1, 2]), name="widths")
+    with pytest.raises(ParityError, match="no Split with an output for each"):
+        find_probes(model, ["a"])

@@ -102,6 +102,7 @@ def test_all_passes_together(graphs, noise, body):
         "fold-adapters": True,
         "fold-reparam": False,
         "precompute-bos": False,
+        "merge-projections": False,  # no plans, no layers
         "lower-log2": False,
         "lower-zero-point": True,
         "lower-timestep-scale": True,
