@@ -71,6 +71,7 @@ _TOO_LARGE = ("sdxl",)
     default=None,
     help="Also build the same UNet in FP16 and count its kernels.  [default: yes, but not for sdxl]",
 )
+@click.option("--naive-baseline", is_flag=True, help="Also build the naive portable Q/DQ form, and count its kernels.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs here.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; nothing else.")
 def cli(  # noqa: PLR0913  one argument per option
@@ -83,6 +84,7 @@ def cli(  # noqa: PLR0913  one argument per option
     seed: int,
     parity: bool,
     fp16_baseline: bool | None,
+    naive_baseline: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -112,6 +114,7 @@ def cli(  # noqa: PLR0913  one argument per option
                 parity=parity,
                 fp16_baseline=model not in _TOO_LARGE if fp16_baseline is None else fp16_baseline,
                 folder=folder,
+                naive_baseline=naive_baseline,
             )
             results.append(run_scale(job, progress))
     if as_json:
@@ -230,6 +233,7 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         "moved weights + activations, MB (FP16)",
         lambda r: _against_fp16(r, _moved(r), _moved(r, "fp16_")),
     ),
+    ("  naive Q/DQ form: kernels, moved", lambda r: f"{r.get('naive_kernels', '-')}, {_moved(r, 'naive_')}"),
     ("INT8 + FP convs, gemms", lambda r: f"{r['int8_compute']} + {r['fp_compute']}"),
 )
 _SECTIONS = ("quantized layers", "body; layers' flips, SQNR", "  build", "ONNX nodes")

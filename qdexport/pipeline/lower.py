@@ -55,6 +55,7 @@ def lower_to_onnx(
     target: Target,
     dump_dir: Path | None = None,
     extra_passes: Sequence[GraphPass] = (),
+    passes: Sequence[GraphPass] | None = None,
 ) -> Lowered:
     """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx`` and what every pass did.
 
@@ -64,6 +65,7 @@ def lower_to_onnx(
         target: decides what passes do.
         dump_dir: for the graph after every pass.
         extra_passes: a user's own.
+        passes: instead of all of them (to measure what some of them bring).
 
     Raises:
         RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
@@ -85,7 +87,8 @@ def lower_to_onnx(
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
     )
-    reports = run_passes(captured.model, with_passes(default_passes(), extra_passes), context, dump_dir)
+    chosen = with_passes(list(default_passes() if passes is None else passes), extra_passes)
+    reports = run_passes(captured.model, chosen, context, dump_dir)
     facts = facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
     file = emit(captured.model, folder, target, facts.to_metadata())
     _log(reports).save(folder / PASS_LOG_FILE)

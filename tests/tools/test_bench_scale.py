@@ -232,6 +232,7 @@ def test_a_whole_run_finds_the_planned_types_in_the_engine(tmp_path: Path) -> No
         seed=0,
         parity=True,
         fp16_baseline=False,
+        naive_baseline=True,
         folder=tmp_path,
     )
     result = run_scale(job, SilentProgress())
@@ -240,7 +241,8 @@ def test_a_whole_run_finds_the_planned_types_in_the_engine(tmp_path: Path) -> No
     assert result["layers_by_type"]["engine"] == {"folded": 10, "int8": 77}
     assert result["layers_by_type"]["planned"]["int4"] == result["layers_by_type"]["onnx"]["int4"] > 0
     assert result["fp_compute"] == 0
-    assert result["kernels"] > 0
+    assert result["naive_kernels"] > result["kernels"] > 0
+    assert result["naive_moved_ratio"] < 1
     assert 4 < result["average_weight_bits"] < 4.1
     assert set(result["stages"]) == {"import", "load", "quantize", "export", "parity", "build"}
 

@@ -17,6 +17,7 @@ from qdexport.errors import QdExportError
 if TYPE_CHECKING:
     from qdexport.core.recipe import Recipe
     from qdexport.core.target import Target
+    from qdexport.graph.runner import GraphPass
     from qdexport.models.loaded import LoadedModel
     from qdexport.pipeline.lower import Lowered
     from qdexport.quant.attach import QuantizedModel
@@ -30,7 +31,7 @@ def main(spec_path: str) -> None:
     """Writes ``<folder>/model.onnx`` and answers with costs and facts.
 
     The specification holds ``model``, ``recipe`` (as JSON), ``target``, ``quantized``, ``parity``, ``steps``,
-    ``seed`` and ``folder``.
+    ``seed``, ``naive`` and ``folder``.
     """
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     costs: dict[str, Cost] = {}
@@ -58,6 +59,7 @@ def main(spec_path: str) -> None:
             seed=spec["seed"],
             parity=spec["parity"],
             folder=Path(spec["folder"]),
+            naive=spec["naive"],
         )
         facts |= export_quantized(loaded, settings, costs)
     else:
@@ -76,6 +78,7 @@ class ExportSettings:
         seed: chooses the activation ranges and what else is given.
         parity: compare every quantized layer of the file with PyTorch.
         folder: for ``model.onnx``.
+        naive: run only the passes that turn fake quantizers into the portable Q/DQ form.
     """
 
     recipe: Recipe
@@ -84,6 +87,7 @@ class ExportSettings:
     seed: int
     parity: bool
     folder: Path
+    naive: bool = False
 
 
 def export_quantized(loaded: LoadedModel, settings: ExportSettings, costs: dict[str, Cost]) -> dict[str, Any]:
@@ -107,7 +111,8 @@ def export_quantized(loaded: LoadedModel, settings: ExportSettings, costs: dict[
         ranges = synthetic_ranges(loaded, plans, recipe, ddim_timesteps(settings.steps), settings.seed)
         model = quantize_model(loaded, plans, recipe, ranges)
     with measured(costs, "export"):
-        lowered = lower_to_onnx(model, settings.folder, settings.target)
+        passes = _naive_passes() if settings.naive else None
+        lowered = lower_to_onnx(model, settings.folder, settings.target, passes=passes)
     return {
         "body": model.body,
         "layers": len(plans),
@@ -122,6 +127,18 @@ def export_quantized(loaded: LoadedModel, settings: ExportSettings, costs: dict[
         **_types(model, lowered, settings.target),
         "parity": _parity(model, lowered, settings.seed, costs) if settings.parity else None,
     }
+
+
+def _naive_passes() -> list[GraphPass]:
+    """What turns fake quantizers into QuantizeLinear and DequantizeLinear, and nothing that makes the graph better."""
+    from qdexport.passes.fold_adapters import FoldAdapters
+    from qdexport.passes.legalize_types import LegalizeTypes
+    from qdexport.passes.lower_bitwidth import LowerBitwidth
+    from qdexport.passes.lower_log2 import LowerLog2
+    from qdexport.passes.lower_timestep_scale import LowerTimestepScale
+    from qdexport.passes.lower_zero_point import LowerZeroPoint
+
+    return [FoldAdapters(), LowerLog2(), LowerZeroPoint(), LowerTimestepScale(), LowerBitwidth(), LegalizeTypes()]
 
 
 def _types(model: QuantizedModel, lowered: Lowered, target: Target) -> dict[str, dict[str, str]]:

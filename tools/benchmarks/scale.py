@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.children import run_module
 from benchmarks.costs import Cost, machine
@@ -55,6 +55,7 @@ class ScaleJob:
         seed: chooses the activation ranges.
         parity: also compare every quantized layer of the ONNX file with PyTorch.
         fp16_baseline: also build the same UNet in FP16, to count its kernels.
+        naive_baseline: also build the naive portable Q/DQ form of the same quantized UNet.
         folder: for everything that is written.
     """
 
@@ -67,6 +68,7 @@ class ScaleJob:
     parity: bool
     fp16_baseline: bool
     folder: Path
+    naive_baseline: bool = False
 
 
 def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
@@ -74,10 +76,11 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
 
     Returns:
         Costs and counts, as docs/benchmarks.md describes them. ``bytes_ratio`` compares the engines' sizes with FP16,
-        ``moved_ratio`` the bytes that one call moves (weights, and activations read and written). ``seconds`` is the
-        wall time of the exporting process (imports and making the weights included) and of the build; ``peak_rss_mb``
-        is that of the largest process. Neither counts parity and the FP16 plan. ``mismatches`` has a sentence for every
-        layer that is not of the type that was planned, in the file or in the engine.
+        ``moved_ratio`` the bytes that one call moves (weights, and activations read and written), and
+        ``naive_moved_ratio`` those with the naive form. ``seconds`` is the wall time of the exporting process (imports
+        and making the weights included) and of the build; ``peak_rss_mb`` is that of the largest process. Neither
+        counts parity and the baselines. ``mismatches`` has a sentence for every layer that is not of the type that was
+        planned, in the file or in the engine.
 
     Raises:
         ChildError: quantizing or exporting failed.
@@ -85,7 +88,7 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
         OutputError: the folder cannot be written.
     """
     before = machine()
-    exported, (engine, plan), seconds = _compile(job, quantized=True, progress=progress)
+    exported, (engine, plan), seconds = _compile(job, "quantized", progress)
     costs = {name: Cost(**cost) for name, cost in exported.pop("costs").items()}
     parity = costs.pop("parity", None)
     build = Cost(seconds=engine.build_seconds, cpu_seconds=0.0, peak_rss_mb=engine.peak_rss_mb)
@@ -115,22 +118,38 @@ def run_scale(job: ScaleJob, progress: ProgressSink) -> dict[str, Any]:
         result["stages"]["parity"] = asdict(parity)
     result["stages"]["build"] = {"seconds": build.seconds, "peak_rss_mb": build.peak_rss_mb}
     if job.fp16_baseline:
-        plain, (baseline, fp16_plan), _ = _compile(job, quantized=False, progress=progress)
-        fp16_moved = moved(fp16_plan, baseline.compute_capabilities)
-        result |= {f"fp16_{name}": value for name, value in fp16_moved.items()}
-        if result["moved_weight_bytes"] is not None and fp16_moved["moved_weight_bytes"] is not None:
-            ours, theirs = (
-                facts["moved_weight_bytes"] + facts["moved_activation_bytes"] for facts in (result, fp16_moved)
-            )
-            result["moved_ratio"] = round(ours / theirs, 4)
-        result |= {
-            "fp16_kernels": baseline.kernels,
-            "fp16_onnx_bytes": plain["onnx_bytes"],
-            "fp16_engine_bytes": baseline.bytes,
-            "fp16_peak_rss_mb": max(baseline.peak_rss_mb, plain["costs"]["export"]["peak_rss_mb"]),
-            "bytes_ratio": round(engine.bytes / baseline.bytes, 4),
-        }
+        result |= _beside_fp16(job, result, progress)
+    if job.naive_baseline:
+        result |= _beside_naive(job, result, progress)
     return result
+
+
+def _beside_fp16(job: ScaleJob, result: dict[str, Any], progress: ProgressSink) -> dict[str, Any]:
+    plain, (baseline, plan), _ = _compile(job, "fp16", progress)
+    facts = _moved_as("fp16", moved(plan, baseline.compute_capabilities), result)
+    return facts | {
+        "fp16_kernels": baseline.kernels,
+        "fp16_onnx_bytes": plain["onnx_bytes"],
+        "fp16_engine_bytes": baseline.bytes,
+        "fp16_peak_rss_mb": max(baseline.peak_rss_mb, plain["costs"]["export"]["peak_rss_mb"]),
+        "bytes_ratio": round(result["engine_bytes"] / baseline.bytes, 4),
+        "moved_ratio": facts["fp16_moved_ratio"],
+    }
+
+
+def _beside_naive(job: ScaleJob, result: dict[str, Any], progress: ProgressSink) -> dict[str, Any]:
+    _, (baseline, plan), _ = _compile(job, "naive", progress)
+    return _moved_as("naive", moved(plan, baseline.compute_capabilities), result) | {"naive_kernels": baseline.kernels}
+
+
+def _moved_as(prefix: str, theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """A baseline's bytes and bound, and our bytes as a share of them (None where dimensions are known at run time)."""
+    mine, other = (
+        facts["moved_weight_bytes"] and facts["moved_weight_bytes"] + facts["moved_activation_bytes"]
+        for facts in (ours, theirs)
+    )
+    ratio = round(mine / other, 4) if mine and other else None
+    return {f"{prefix}_{name}": value for name, value in theirs.items()} | {f"{prefix}_moved_ratio": ratio}
 
 
 def moved(plan: Plan, capabilities: Sequence[str]) -> dict[str, Any]:
@@ -172,23 +191,26 @@ def audited(planned: dict[str, str], onnx: dict[str, str], plan: Plan | None) ->
 
 
 def _compile(
-    job: ScaleJob, *, quantized: bool, progress: ProgressSink
+    job: ScaleJob, form: Literal["quantized", "fp16", "naive"], progress: ProgressSink
 ) -> tuple[dict[str, Any], tuple[EngineFacts, Plan], float]:
     """Exports in a child process and builds in another; the exporter's answer, the engine, and seconds."""
-    name = job.recipe.name if quantized else "fp16"
+    name = job.recipe.name if form == "quantized" else form
+    # all of the network is quantized as it is, the time layers too
+    changes = {"time_embedding": "keep", "allow_re_rounding": False} if form == "naive" else {}
     folder = job.folder / f"{job.model}-{name}"
     spec = {
         "model": MODELS[job.model],
-        "recipe": json.loads(job.recipe.model_dump_json()),
+        "recipe": json.loads(job.recipe.model_copy(update=changes).model_dump_json()),
         "target": job.target.name,
-        "quantized": quantized,
-        "parity": job.parity,
+        "quantized": form != "fp16",
+        "naive": form == "naive",
+        "parity": job.parity and form == "quantized",
         "steps": job.steps,
         "seed": job.seed,
         "folder": str(folder / "onnx"),
     }
     started = time.perf_counter()
-    with progress.stage(f"{job.model} {name}: quantize and export" if quantized else f"{job.model} {name}: export"):
+    with progress.stage(f"{job.model} {name}: export"):
         exported = run_module("benchmarks.export_child", spec, folder)
     options = BuildOptions(
         target=job.target, io=IoSpec.model_validate(exported["io"]), compute_capabilities=job.capabilities
