@@ -30,7 +30,7 @@ _CU_COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJO
 
 
 class BuildSpec(TypedDict):
-    """What the parent asks for; ``profile`` maps an input to its smallest, usual and largest shape."""
+    """What the parent asks for; each of ``profiles`` maps an input to its smallest, usual and largest shape."""
 
     module: str
     onnx: str
@@ -38,7 +38,7 @@ class BuildSpec(TypedDict):
     result: str
     progress: str
     compute_capabilities: list[str]
-    profile: dict[str, list[list[int]]]
+    profiles: list[dict[str, list[list[int]]]]
     needs_gpu: bool
 
 
@@ -132,7 +132,8 @@ def _build(spec: BuildSpec, result: BuildResult) -> None:
     network = _parse(trt, builder, spec["onnx"])
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    _add_profile(builder, config, network, spec["profile"])
+    for shapes in spec["profiles"]:
+        _add_profile(builder, config, network, shapes)
     _set_capabilities(trt, config, spec["compute_capabilities"])
     _write(spec["progress"], b"compiling")
     engine = builder.build_serialized_network(network, config)
@@ -156,8 +157,6 @@ def _parse(trt: Any, builder: Any, path: str) -> Any:
 
 
 def _add_profile(builder: Any, config: Any, network: Any, shapes: dict[str, list[list[int]]]) -> None:
-    if not shapes:
-        return
     inputs = [network.get_input(index).name for index in range(network.num_inputs)]
     unknown = sorted(set(shapes) - set(inputs))
     if unknown:

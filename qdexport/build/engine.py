@@ -14,7 +14,7 @@ from qdexport.build.diagnose import FailedBuild, explain
 from qdexport.build.plan import kernel_counts, parse_plan
 from qdexport.build.process import BuildJob, run_child
 from qdexport.core.files import atomic_path
-from qdexport.core.results import EngineFacts, Plan
+from qdexport.core.results import EngineFacts, Plan, ProfileFacts
 from qdexport.errors import BuildError, MissingDependencyError, OutputError, RecipeError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class BuildOptions:
 
     Attributes:
         target: the row of the capability table.
-        io: inputs of the network; dynamic dimensions become one optimization profile.
+        io: inputs of the network, and its optimization profiles.
         compute_capabilities: those that the engine must run on; empty means the target's default.
         timeout_s: the builder is stopped after this many seconds; None waits for ever.
     """
@@ -131,7 +131,7 @@ def build_engine(
                 engine=engine,
                 log=log,
                 compute_capabilities=capabilities,
-                profile=_profile(options.io),
+                profiles=tuple(options.io.profile_shapes().values()),
                 needs_gpu=options.target.needs_gpu_to_build,
                 timeout_s=options.timeout_s,
             )
@@ -139,18 +139,10 @@ def build_engine(
         if run.success is None:
             raise _failure(run, onnx_path, log_path, options)
         plan = parse_plan(log_path.read_text(encoding="utf-8", errors="replace"), options.target.name)
-        facts = _facts(run.success, plan)
+        facts = _facts(run.success, plan, options.io)
     plan.save(out_dir / "plan.json")
     logger.info("built %s: %d bytes, %d kernels", out_dir / "model.engine", facts.bytes, facts.kernels)
     return facts, plan
-
-
-def _profile(io: IoSpec) -> dict[str, list[list[int]]]:
-    return {
-        spec.name: [list(spec.shape("low")), list(spec.shape("best")), list(spec.shape("high"))]
-        for spec in io.inputs
-        if any(dim.dynamic for dim in spec.dims)
-    }
 
 
 def _failure(run: ChildRun, onnx_path: Path, log_path: Path, options: BuildOptions) -> Exception:
@@ -175,7 +167,7 @@ def _failure(run: ChildRun, onnx_path: Path, log_path: Path, options: BuildOptio
     return BuildError(explain(failed))
 
 
-def _facts(result: BuildResult, plan: Plan) -> EngineFacts:
+def _facts(result: BuildResult, plan: Plan, io: IoSpec) -> EngineFacts:
     counts = kernel_counts(plan)
     return EngineFacts(
         target=plan.target,
@@ -189,7 +181,27 @@ def _facts(result: BuildResult, plan: Plan) -> EngineFacts:
         build_seconds=round(result["seconds"], 3),
         peak_rss_mb=round(result["peak_rss_mb"], 1),
         builder_version=result["builder_version"],
+        profiles=_profiles(plan, io),
     )
+
+
+def _profiles(plan: Plan, io: IoSpec) -> list[ProfileFacts]:
+    """Shapes and kernels of every optimization profile; a kernel of no profile runs in each."""
+    found = []
+    for index, (name, shapes) in enumerate(io.profile_shapes().items()):
+        mine = [kernel for kernel in plan.kernels if kernel.profile == index]
+        counts = kernel_counts(plan.model_copy(update={"kernels": mine}))
+        found.append(
+            ProfileFacts(
+                name=name,
+                shapes=shapes,
+                kernels=counts.kernels,
+                int8_compute=counts.int8_compute,
+                fp_compute=counts.fp_compute,
+                attention_kernels=counts.attention_kernels,
+            )
+        )
+    return found
 
 
 def _no_capability(target: Target, capability: str) -> str:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import prod
 
 from qdexport.core.layer_names import node_names
@@ -73,6 +74,9 @@ _QUANTIZE_ONLY = re.compile(
     r"_*myl_(?:Resh|Tran|Move|Conc)*(?:Cast)?(?:Mul|Div)(?:MinMax|MaxMin)?Roun(?:Cast)?(?:Resh|Tran|Move)*_"
 )
 _ATTENTION = "_gemm_mha"
+# TensorRT and TensorRT-RTX compile the graph once per optimization profile and mark all copies but the first
+_PROFILE = re.compile(r" \[profile (\d+)\]")
+_SUBGRAPH = re.compile(r"_myl(\d+)_\d+$")
 _STORED_WEIGHTS = "weights"  # what TensorRT 10 lists as a number of elements
 
 
@@ -137,12 +141,15 @@ def parse_plan(log: str, target: str) -> Plan:
             "audited: this version of the builder is not known to qdexport; use the versions in "
             "constraints.txt"
         )
-    kernels: list[KernelFact] = []
-    for line in lines[starts[0] + 1 :]:
-        if not line.startswith("Name: "):
-            break
-        kernels.append(_kernel(len(kernels), line))
-    return Plan(target=target, kernels=kernels)
+    entries = list(takewhile(lambda line: line.startswith("Name: "), lines[starts[0] + 1 :]))
+    kernels = [_kernel(index, line) for index, line in enumerate(entries)]
+    profiles = _profiles([kernel.name for kernel in kernels], entries)
+    return Plan(
+        target=target,
+        kernels=[
+            kernel.model_copy(update={"profile": profile}) for kernel, profile in zip(kernels, profiles, strict=True)
+        ],
+    )
 
 
 def plan_tensors(texts: Iterable[str]) -> tuple[PlanTensor, ...]:
@@ -230,6 +237,21 @@ def _kernel(index: int, line: str) -> KernelFact:
     )
 
 
+def _subgraph(name: str) -> str:
+    """The builder's number for the compiled graph that a kernel is part of."""
+    found = _SUBGRAPH.search(name)
+    return found[1] if found else ""
+
+
+def _profiles(names: Sequence[str], lines: Sequence[str]) -> list[int]:
+    """The optimization profile of every kernel, counted from 0: what it or another of its compiled graph says."""
+    said: dict[str, int] = {}
+    for name, line in zip(names, lines, strict=True):
+        if marked := _PROFILE.search(line):
+            said[_subgraph(name)] = int(marked[1])
+    return [said.get(_subgraph(name), 0) for name in names]
+
+
 def module_of(node: str) -> str:
     """The torch module path of an ONNX node name; the parts of a split layer belong to one module."""
     return re.sub(r"#\d+(?=\.|$)", "", node.rpartition("/")[0])
@@ -260,6 +282,7 @@ def _dtype_name(text: str) -> str:
 
 
 def _nodes(metadata: str) -> list[str]:
+    metadata = _PROFILE.sub("", metadata)
     # the builder puts \x1f between the parts; a log that was copied as text may have lost it
     parts = [part.removeprefix(_NODE) for part in _NODE_END.split(metadata.strip()) if part.startswith(_NODE)]
     return list(dict.fromkeys(parts))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from qdexport.build.child import BuildResult, BuildSpec
+    from qdexport.core.io_spec import ProfileShapes
 
 __all__ = ["BuildJob", "ChildRun", "run_child"]
 
@@ -34,7 +35,7 @@ class BuildJob:
     engine: Path
     log: Path
     compute_capabilities: tuple[str, ...]
-    profile: dict[str, list[list[int]]]
+    profiles: tuple[ProfileShapes, ...]
     needs_gpu: bool
     timeout_s: float | None
 
@@ -91,7 +92,7 @@ def _spec(job: BuildJob, folder: Path) -> BuildSpec:
         "result": str(folder / "result.json"),
         "progress": str(folder / "progress"),
         "compute_capabilities": list(job.compute_capabilities),
-        "profile": job.profile,
+        "profiles": list(job.profiles),
         "needs_gpu": job.needs_gpu,
     }
 

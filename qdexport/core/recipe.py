@@ -22,6 +22,7 @@ __all__ = [
     "ChannelScale",
     "Recipe",
     "Rule",
+    "ShapeProfile",
     "Shapes",
     "SoftmaxQuant",
     "StepGroups",
@@ -178,19 +179,44 @@ class Calibration(_Part):
     seed: int = Field(default=1000, ge=0)
 
 
+_Sizes = int | tuple[int, int] | tuple[int, int, int]
+
+
+class ShapeProfile(_Part):
+    """One optimization profile: the sizes that the builder makes kernels of their own for.
+
+    A size is a number, or two or three (low, best, high); one that is left out is that of ``shapes``.
+    """
+
+    name: str | None = Field(default=None, pattern=r"\S", description="default: its number, counted from 0")
+    batch: _Sizes | None = None
+    height: _Sizes | None = None
+    width: _Sizes | None = None
+    tokens: _Sizes | None = None
+
+
 class Shapes(_Part):
     """Shapes of the exported network; two numbers, or three (low, best, high), make a dimension dynamic."""
 
-    batch: int | tuple[int, int] | tuple[int, int, int] = Field(
-        default=2, description="rows of one call: two per image with classifier-free guidance"
+    batch: _Sizes = Field(default=2, description="rows of one call: two per image with classifier-free guidance")
+    height: _Sizes | None = Field(default=None, description="latent; default: the model's")
+    width: _Sizes | None = Field(default=None, description="latent; default: the model's")
+    tokens: _Sizes | None = Field(default=None, description="text length; default: the tokenizer's")
+    profiles: tuple[ShapeProfile, ...] = Field(
+        default=(), description="optimization profiles; each lies in the ranges above, a fixed size above is widened"
     )
-    height: int | tuple[int, int] | tuple[int, int, int] | None = Field(
-        default=None, description="latent; default: the model's"
-    )
-    width: int | tuple[int, int] | tuple[int, int, int] | None = Field(
-        default=None, description="latent; default: the model's"
-    )
-    tokens: int | None = Field(default=None, ge=1, description="text length; default: the tokenizer's")
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = self.profile_names
+        if len(set(names)) < len(names):
+            raise ValueError(f"two profiles have one name: {', '.join(names)}")
+        return self
+
+    @property
+    def profile_names(self) -> list[str]:
+        """Names of the profiles; the number of one that has none."""
+        return [entry.name or str(index) for index, entry in enumerate(self.profiles)]
 
 
 class Validation(_Part):
@@ -247,7 +273,9 @@ class Recipe(_Part):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
 
-_PARTS = (Recipe, Rule, ChannelScale, SoftmaxQuant, StepGroups, BitAllocation, Calibration, Shapes, Validation)
+_PARTS = (
+    Recipe, Rule, ChannelScale, SoftmaxQuant, StepGroups, BitAllocation, Calibration, Shapes, ShapeProfile, Validation,
+)  # fmt: skip
 
 
 def preset_names() -> list[str]:

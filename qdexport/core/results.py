@@ -21,6 +21,7 @@ __all__ = [
     "Manifest",
     "Parity",
     "Plan",
+    "ProfileFacts",
     "Quality",
     "QualityScores",
     "Report",
@@ -148,7 +149,9 @@ class Parity(_Record):
 
 
 class KernelFact(_Record):
-    """One entry of the compiled plan. ``modules`` are the torch module paths it came from."""
+    """One entry of the compiled plan. ``modules`` are the torch module paths it came from, ``profile`` is the number of
+    the optimization profile that it was made for.
+    """
 
     index: int
     name: str
@@ -158,6 +161,7 @@ class KernelFact(_Record):
     tactic: str = ""
     nodes: list[str] = Field(default_factory=list)
     modules: list[str] = Field(default_factory=list)
+    profile: int = 0
 
 
 class Plan(_Record):
@@ -177,8 +181,19 @@ class Plan(_Record):
         return _load(cls, path)
 
 
+class ProfileFacts(_Record):
+    """One optimization profile: by input its smallest, usual and largest shape, and the kernels made for it."""
+
+    name: str
+    shapes: dict[str, list[list[int]]]
+    kernels: int
+    int8_compute: int
+    fp_compute: int
+    attention_kernels: int
+
+
 class EngineFacts(_Record):
-    """What the builder made; kernels are plan entries without stream signals and waits."""
+    """What the builder made; kernels are plan entries without stream signals and waits, of all profiles together."""
 
     target: str
     compute_capabilities: list[str]
@@ -192,6 +207,7 @@ class EngineFacts(_Record):
     peak_rss_mb: float
     builder_version: str = ""
     kernels_fp_baseline: int | None = None
+    profiles: list[ProfileFacts] = Field(default_factory=list)
 
 
 class StageFacts(_Record):

@@ -18,6 +18,7 @@ from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
 from qdexport.core.recipe import Shapes
 from qdexport.errors import ModelError, RecipeError
 from qdexport.models.loaded import LoadedModel
+from qdexport.models.shape_ranges import dims_of
 
 __all__ = [
     "call_denoiser",
@@ -34,8 +35,6 @@ _BODY_DTYPES: Final = {"fp32": "float32", "fp16": "float16"}
 _ADDED: Final = ("text_embeds", "time_ids")
 _DEFAULT_TOKENS: Final = 77  # every CLIP text encoder
 _TIME_ID_COUNT: Final = 6  # SDXL: original size, crop corner, target size
-
-SizeRange = int | tuple[int, int] | tuple[int, int, int]
 
 
 def denoiser_class(name: str) -> type[nn.Module]:
@@ -106,24 +105,22 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
         body: `fp32` or `fp16`, the type of the floating-point inputs and of the output.
 
     Raises:
-        RecipeError: A size is not a multiple of what the downsampling needs, a range is out of order, or a
-            size is neither in the recipe nor in the model's config.
+        RecipeError: A size is not a multiple of what the downsampling needs, a range is out of order, a profile leaves
+            its range, or a size is neither in the recipe nor in the model's config.
     """
     if body not in _BODY_DTYPES:
         raise RecipeError(f"no body type {body!r}; use {' or '.join(_BODY_DTYPES)}")
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
     config, dtype = _config(denoiser), _BODY_DTYPES[body]
-    cfg = model.defaults.cfg if isinstance(model, LoadedModel) else _reads_text(denoiser)
-    batch = _dim("batch", shapes.batch, 2 if cfg else 1)
-    height, width = _sample_dims(model, denoiser, shapes)
+    ranges, profiles = dims_of(shapes, _own_sizes(model, denoiser), size_multiple(denoiser))
+    batch, height, width = (ranges[name] for name in ("batch", "height", "width"))
     rows = (batch, _fixed(config["in_channels"]), height, width)
     inputs = [
         TensorSpec(name="sample", role="sample", dtype=dtype, dims=rows),
         TensorSpec(name="timestep", role="timestep", dtype="int64", dims=(_fixed(1),)),
     ]
     if _reads_text(denoiser):
-        tokens = _dim("tokens", shapes.tokens or _token_count(model), 0)
-        dims = (batch, tokens, _fixed(_text_width(config)))
+        dims = (batch, ranges["tokens"], _fixed(_text_width(config)))
         inputs.append(TensorSpec(name="encoder_hidden_states", role="text", dtype=dtype, dims=dims))
     if config.get("addition_embed_type") == "text_time":
         pooled, ids = _added_widths(model, config)
@@ -134,7 +131,7 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
         inputs.append(_class_spec(denoiser, batch, dtype))
     outputs = (batch, _fixed(config["out_channels"]), height, width)
     prediction = TensorSpec(name="noise_pred", role="prediction", dtype=dtype, dims=outputs)
-    return IoSpec(inputs=tuple(inputs), outputs=(prediction,))
+    return IoSpec(inputs=tuple(inputs), outputs=(prediction,), profiles=profiles)
 
 
 def call_denoiser(denoiser: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -274,33 +271,14 @@ def _class_spec(denoiser: nn.Module, batch: Dim, dtype: str) -> TensorSpec:
     return TensorSpec(name="class_labels", role="class_labels", dtype=dtype, dims=dims)
 
 
-def _sample_dims(model: LoadedModel | nn.Module, denoiser: nn.Module, shapes: Shapes) -> tuple[Dim, Dim]:
-    own = latent_size(denoiser)
+def _own_sizes(model: LoadedModel | nn.Module, denoiser: nn.Module) -> dict[str, int | None]:
+    """The sizes that a model calls its own; no `tokens` where it reads no text."""
+    height, width = latent_size(denoiser)
+    cfg = _reads_text(denoiser)
     if isinstance(model, LoadedModel):
-        own = (model.defaults.height, model.defaults.width)
-    multiple, dims = size_multiple(denoiser), []
-    for name, asked, default in (("height", shapes.height, own[0]), ("width", shapes.width, own[1])):
-        value = default if asked is None else asked
-        if value is None:
-            raise RecipeError(f"the model's config has no sample_size; set shapes.{name} in the recipe")
-        dim = _dim(name, value, default or 0)
-        odd = [size for size in (dim.low, dim.best, dim.high) if size % multiple]
-        if odd:
-            raise RecipeError(f"shapes.{name} is {odd[0]}; this denoiser needs a multiple of {multiple}")
-        dims.append(dim)
-    return dims[0], dims[1]
-
-
-def _dim(name: str, value: SizeRange, default: int) -> Dim:
-    if isinstance(value, int):
-        value = (value, value, value)
-    low, high = value[0], value[-1]
-    best = value[1] if len(value) == 3 else min(max(default, low), high)
-    if not 1 <= low <= best <= high:
-        raise RecipeError(
-            f"shapes.{name} is {list(value)}; give low, best and high in ascending order, from 1 up"
-        )
-    return Dim(name=name, low=low, best=best, high=high)
+        height, width, cfg = model.defaults.height, model.defaults.width, model.defaults.cfg
+    own = {"batch": 2 if cfg else 1, "height": height, "width": width}
+    return {**own, "tokens": _token_count(model)} if _reads_text(denoiser) else own
 
 
 def _fixed(size: int) -> Dim:
