@@ -14,17 +14,19 @@ into one kernel while a group is small; the operator costs two or three. How sma
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from qdexport.graph.dimension import size_of
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.query import const_or_none, dtype_of, graph_of, input_of, module_of, shape_of
 from qdexport.graph.runner import WhyNot
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from qdexport.graph.runner import PassContext, PassReport
 
@@ -34,17 +36,18 @@ _DEFAULT_EPSILON = 1e-5
 
 
 class ExpandGroupNorm:
-    """Replaces InstanceNormalization of small, statically sized groups."""
+    """Replaces InstanceNormalization of groups that are small at every size that the network may have."""
 
     name: ClassVar[str] = "expand-group-norm"
     exact: ClassVar[bool] = True
     runs_after: ClassVar[tuple[str, ...]] = ()
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
+        largest = {dim.name: dim.high for dim in context.io.dynamic_dims}
         for node in list(model.graph):
             if node.op_type != "InstanceNormalization":
                 continue
-            reason = _why_not(node, context.target.group_norm_elements)
+            reason = _why_not(node, context.target.group_norm_elements, largest)
             if reason:
                 report.skipped.append(WhyNot(node.name or "", reason))
                 continue
@@ -54,16 +57,29 @@ class ExpandGroupNorm:
             remove_unused(model)
 
 
-def _why_not(node: ir.Node, most: int) -> str:
-    dims = list(shape_of(input_of(node, 0)))
-    sizes = [dim for dim in dims[2:] if isinstance(dim, int)]
+def _why_not(node: ir.Node, most: int, largest: Mapping[str, int]) -> str:
     scale, bias = const_or_none(input_of(node, 1)), const_or_none(input_of(node, 2))
     if scale is None or bias is None or not (scale == 1).all() or bias.any():
         return "its own scale and bias are not 1 and 0"
-    if len(sizes) != len(dims) - 2:
+    elements = _elements(input_of(node, 0), largest)
+    if elements is None:
         return "the size of a group is not known before it runs"
-    elements = int(np.prod(sizes))
     return f"a group of {elements} elements is above {most}" if elements > most else ""
+
+
+def _elements(x: ir.Value, largest: Mapping[str, int]) -> int | None:
+    """How many elements a group has, at the largest sizes; a size that is left over by a Reshape is what it reads."""
+    dims = list(shape_of(x))
+    sizes = [size_of(dim, largest) for dim in dims[2:]]
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(sizes):
+        return math.prod(known)
+    producer = x.producer()
+    if producer is None or producer.op_type != "Reshape" or not isinstance(dims[1], int):
+        return None
+    source = [size_of(dim, largest) for dim in list(shape_of(input_of(producer, 0)))[1:]]
+    known = [size for size in source if size is not None]
+    return math.prod(known) // dims[1] if len(known) == len(source) else None
 
 
 def _expand(node: ir.Node) -> None:

@@ -115,6 +115,8 @@ def _swaps_last_two(chain: list[ir.Node], source: ir.Value, result: ir.Value) ->
     restore, transpose, flatten = chain
     before, after = list(shape_of(source)), list(shape_of(result))
     flat, exchanged = list(shape_of(flatten.outputs[0])), list(shape_of(restore.inputs[0] or source))
+    if any(isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in (*before, *after)):
+        return False  # two unknown sizes need not be equal
     return (
         len(before) == len(after) > len(flat) == 3
         and ints_attr(transpose, "perm") == (0, 2, 1)

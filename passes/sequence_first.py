@@ -21,7 +21,7 @@ import onnx_ir as ir
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import SEQUENCE_FIRST_KEY
 from qdexport.graph.edit import NodeWriter, remove_unused
-from qdexport.graph.query import input_of, int_attr, ints_attr, module_of, shape_of
+from qdexport.graph.query import const_or_none, input_of, int_attr, ints_attr, module_of, shape_of
 from qdexport.graph.runner import WhyNot
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ class SequenceFirst:
             remove_unused(model)
 
 
-def _fixed(value: ir.Value, rank: int) -> list[int]:
-    dims = list(shape_of(value))
-    if len(dims) != rank or not all(isinstance(dim, int) for dim in dims):
-        return []
-    return [int(str(dim)) for dim in dims]
+def _dims(value: ir.Value, rank: int) -> list[int | str]:
+    """Numbers, and names of dynamic dimensions; nothing where the rank is another, or a dimension is unknown."""
+    dims = [dim if isinstance(dim, int) else dim.value for dim in shape_of(value)]
+    known = [dim if isinstance(dim, int) else str(dim) for dim in dims if dim is not None]
+    return known if len(known) == len(dims) == rank else []
 
 
 def _is_entry(node: ir.Node) -> bool:
@@ -97,19 +97,19 @@ def _is_entry(node: ir.Node) -> bool:
     source = input_of(node, 0).producer()
     if source is None or source.op_type != "Transpose" or ints_attr(source, "perm") != (0, 2, 3, 1):
         return False
-    before, after = _fixed(input_of(node, 0), 4), _fixed(node.outputs[0], 3)
-    return bool(before and after) and before[0] == after[0] > 1 and before[3] == after[2]
+    before, after = _dims(input_of(node, 0), 4), _dims(node.outputs[0], 3)
+    return bool(before and after) and before[0] == after[0] != 1 and before[3] == after[2]
 
 
 def _region(entry: ir.Node) -> _Region:
     region = _Region()
-    batch, length = _fixed(entry.outputs[0], 3)[:2]
+    batch, length = _dims(entry.outputs[0], 3)[:2]
     waiting = [entry.outputs[0]]
     while waiting:
         value = waiting.pop()
         if value in region.tokens:
             continue
-        if _fixed(value, 3)[:2] != [batch, length]:
+        if _dims(value, 3)[:2] != [batch, length]:
             raise _ImpossibleError(f"{value.name} of shape {value.shape} has other tokens")
         if value.is_graph_output():
             raise _ImpossibleError(f"{value.name} is an output of the network")
@@ -128,9 +128,9 @@ def _made_of(value: ir.Value, region: _Region) -> Iterator[ir.Value]:
     if node.op_type in _BY_TOKEN:
         yield from _operands(node)
     elif _is_entry(node):
-        region.entries.append(node)
+        region.entries.append(_border(node))
     elif _is_from_heads(node):
-        region.from_heads.append(node)
+        region.from_heads.append(_border(node))
     else:
         raise _ImpossibleError(f"{node.name} ({node.op_type}) makes tokens in a way that is not known")
 
@@ -168,66 +168,79 @@ def _read_by(node: ir.Node, index: int, region: _Region) -> Iterator[ir.Value]:
         raise _ImpossibleError(f"{node.name} ({node.op_type}) reads tokens in a way that is not known")
     readers = [use.node for use in node.outputs[0].uses()]
     perms = {ints_attr(reader, "perm") if reader.op_type == "Transpose" else () for reader in readers}
-    before, after = _fixed(input_of(node, 0), 3), _fixed(node.outputs[0], 4)
+    before, after = _dims(input_of(node, 0), 3), _dims(node.outputs[0], 4)
     if after and after[:2] == before[:2] and perms <= set(_HEADS):
-        region.to_heads.append(node)
+        region.to_heads.append(_border(node))
     elif after and after[0] == before[0] and after[3] == before[2] and perms == {(0, 3, 1, 2)}:
-        region.exits.append(node)
+        region.exits.append(_border(node))
     else:
         raise _ImpossibleError(f"{node.name} reshapes tokens to {node.outputs[0].shape}")
+
+
+def _border(node: ir.Node) -> ir.Node:
+    """A Reshape whose sizes can be put in another order."""
+    sizes = const_or_none(input_of(node, 1))
+    if sizes is not None and not sizes.all():
+        raise _ImpossibleError(f"{node.name} copies a size by its place")
+    return node
 
 
 def _is_from_heads(node: ir.Node) -> bool:
     source = input_of(node, 0).producer() if node.op_type == "Reshape" else None
     if source is None or source.op_type != "Transpose" or ints_attr(source, "perm") != (0, 2, 1, 3):
         return False
-    before, after = _fixed(input_of(node, 0), 4), _fixed(node.outputs[0], 3)
+    before, after = _dims(input_of(node, 0), 4), _dims(node.outputs[0], 3)
     return bool(before and after) and before[:2] == after[:2]
 
 
 def _rewrite(region: _Region) -> None:
     for value in region.tokens:
-        batch, length, width = _fixed(value, 3)
+        batch, length, width = _dims(value, 3)
         value.shape = ir.Shape([length, batch, width])
         for use in value.uses():
             if use.node.op_type == "MatMul":
                 use.node.metadata_props[SEQUENCE_FIRST_KEY] = "1"
     for node in dict.fromkeys(region.entries):
-        images, height, width, channels = _fixed(input_of(node, 0), 4)
+        images, height, width, channels = _dims(input_of(node, 0), 4)
         _behind(node, (2, 3, 0, 1), [height, width, images, channels])
-        _reshape(node)
+        _reshape(node, (1, 0, 2))
     for node in dict.fromkeys(region.from_heads):
-        images, length, heads, depth = _fixed(input_of(node, 0), 4)
+        images, length, heads, depth = _dims(input_of(node, 0), 4)
         _behind(node, (2, 0, 1, 3), [length, images, heads, depth])
-        _reshape(node)
+        _reshape(node, (1, 0, 2))
     for node in dict.fromkeys(region.to_heads):
-        images, length, heads, depth = _fixed(node.outputs[0], 4)
-        _before(node, [length, images, heads, depth])
+        _before(node, (1, 0, 2, 3))
     for node in dict.fromkeys(region.exits):
-        images, height, width, channels = _fixed(node.outputs[0], 4)
-        _before(node, [height, width, images, channels])
+        _before(node, (1, 2, 0, 3))
 
 
-def _behind(node: ir.Node, perm: tuple[int, ...], shape: list[int]) -> None:
+def _behind(node: ir.Node, perm: tuple[int, ...], shape: list[int | str]) -> None:
     """Lets a border's Reshape read the same source through another transposition."""
     source = input_of(node, 0).producer()
     if source is None:
         raise GraphPassError(f"{node.name} reads no transposition")
     value = input_of(source, 0)
-    moved = NodeWriter(node).op("Transpose", [value], {"perm": list(perm)}, dtype=value.dtype, shape=shape)
+    moved = NodeWriter(node).op("Transpose", [value], {"perm": list(perm)}, dtype=value.dtype, shape=ir.Shape(shape))
     node.replace_input_with(0, moved)
 
 
-def _reshape(node: ir.Node) -> None:
-    """Writes the shape that a Reshape's output has by now into the Reshape."""
-    dims = _fixed(node.outputs[0], len(shape_of(node.outputs[0])))
-    node.replace_input_with(1, NodeWriter(node).constant("sequence_first", np.array(dims, np.int64)))
+def _reshape(node: ir.Node, order: tuple[int, ...]) -> None:
+    """Puts the sizes that a Reshape reads in another order: numbers, or what is computed when the network runs."""
+    writer = NodeWriter(node)
+    sizes, numbers = input_of(node, 1), const_or_none(input_of(node, 1))
+    if numbers is not None:
+        node.replace_input_with(1, writer.constant("sequence_first", numbers[list(order)]))
+        return
+    places = writer.constant("sequence_first", np.array(order, np.int64))
+    moved = writer.op("Gather", [sizes, places], {"axis": 0}, dtype=ir.DataType.INT64, shape=[len(order)])
+    node.replace_input_with(1, moved)
 
 
-def _before(node: ir.Node, shape: list[int]) -> None:
+def _before(node: ir.Node, order: tuple[int, ...]) -> None:
     """Gives a border's Reshape another shape, and its transpositions the permutation that undoes it."""
-    node.outputs[0].shape = ir.Shape(shape)
-    _reshape(node)
+    dims = list(shape_of(node.outputs[0]))
+    node.outputs[0].shape = ir.Shape([dims[axis] for axis in order])
+    _reshape(node, order)
     for use in list(node.outputs[0].uses()):
         old = ints_attr(use.node, "perm")
         perm = _HEADS.get(old, (2, 3, 0, 1))

@@ -18,6 +18,7 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
+from qdexport.capture.dimensions import name_dimensions
 from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
 from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
@@ -126,6 +127,7 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
     model: ir.Model = program.model
     with _quiet():
         _simplify(model)
+        name_dimensions(model, io)
     lengths = {name: len(item) for name, item in denoiser.named_modules() if isinstance(item, nn.ModuleList)}
     name_nodes(model, _PREFIX, lengths)
     logger.info("captured %d nodes", len(model.graph))

@@ -6,9 +6,17 @@ import statistics
 from collections.abc import Sequence
 from typing import Final
 
-from qdexport.core.results import EndToEnd, LayerParity, Parity
+from qdexport.core.results import EndToEnd, LayerParity, Parity, ShapeParity
 
-__all__ = ["FLIP_LIMIT", "FLOOR_MARGIN_DB", "LAYER_SQNR_DB", "engine_problems", "judge", "layer_problems"]
+__all__ = [
+    "FLIP_LIMIT",
+    "FLOOR_MARGIN_DB",
+    "LAYER_SQNR_DB",
+    "engine_problems",
+    "judge",
+    "layer_problems",
+    "shape_problems",
+]
 
 # FP32: sums of products in another order cost some 1e-7 relative (130 dB); 100 dB leaves room for cancellation.
 # FP16: every output is rounded to 11 bits (about 74 dB), operands of a per-step layer once more.
@@ -18,9 +26,15 @@ FLOOR_MARGIN_DB: Final = 1.0
 # ONNX Runtime's answers are rounded as the engine's are: two errors of equal size are 3 dB
 _TWO_ERRORS_DB: Final = 3.0
 _NAMED: Final = 3
+# One call at a shape may have more codes flipped than the median of many, and one flip costs tens of decibels where the
+# floor is high; a size that is wrong somewhere leaves two unrelated outputs, which is 0 dB and less. Half the floor (in
+# decibels), at most 20 dB, lies between.
+_SHAPE_DB: Final = 20.0
 
 
-def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: str) -> Parity:
+def judge(
+    layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: str, shapes: Sequence[ShapeParity] = ()
+) -> Parity:
     """Holds measurements against the thresholds.
 
     Args:
@@ -28,6 +42,7 @@ def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: 
         whole: the whole network beside its noise floor.
         body: ``fp32`` or ``fp16``.
         reference: who computed the other side.
+        shapes: the ends of the optimization profiles of a network with dynamic dimensions.
 
     Returns:
         The parity record; a failure's reasons name the worst layers.
@@ -38,10 +53,13 @@ def judge(layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: 
             f"end to end {whole.sqnr_db:.1f} dB, more than {FLOOR_MARGIN_DB:g} dB below the noise floor of "
             f"{whole.noise_floor_db:.1f} dB"
         )
+    for shape in shapes:
+        reasons += shape_problems(shape, whole.noise_floor_db)
     return Parity(
         reference=reference,
         layers=list(layers),
         end_to_end=whole,
+        shapes=list(shapes),
         verdict="fail" if reasons else "pass",
         reasons=reasons,
     )
@@ -61,6 +79,17 @@ def layer_problems(layers: Sequence[LayerParity], body: str) -> list[str]:
         *_worst(flips, f"more than {FLIP_LIMIT:g} of the integer codes differ", "code_flip_rate"),
         *_worst(noisy, f"the output is below {least:g} dB", "sqnr_db"),
     ]
+
+
+def shape_problems(shape: ShapeParity, noise_floor_db: float) -> list[str]:
+    """What is wrong at one shape: its layers, or the whole network by far more than its noise floor."""
+    sizes = ", ".join(f"{name} {size}" for name, size in shape.sizes.items())
+    where = f"at {sizes} (profile {shape.profile}, {shape.end})"
+    found = [f"{where}: {problem}" for problem in shape.problems]
+    least = min(_SHAPE_DB, noise_floor_db / 2)
+    if not shape.whole_sqnr_db >= least:
+        found.append(f"{where}: the whole network reaches {shape.whole_sqnr_db:.1f} dB, less than {least:.1f} dB")
+    return found
 
 
 def engine_problems(sqnr_db: Sequence[float], noise_floor_db: float) -> list[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "Quality",
     "QualityScores",
     "Report",
+    "ShapeParity",
     "StageFacts",
 ]
 
@@ -60,7 +61,10 @@ class Artifact(_Record):
 
 
 class Manifest(_Record):
-    """Everything in an output folder and where it came from."""
+    """Everything in an output folder and where it came from.
+
+    ``profiles`` gives, by optimization profile and dynamic input, the smallest, usual and largest shape.
+    """
 
     schema_version: Literal[1] = 1
     tool_version: str
@@ -68,6 +72,7 @@ class Manifest(_Record):
     recipe_digest: str
     target: str
     environment: dict[str, str] = Field(default_factory=dict)
+    profiles: dict[str, dict[str, list[list[int]]]] = Field(default_factory=dict)
     artifacts: list[Artifact] = Field(default_factory=list)
 
     def save(self, path: Path) -> None:
@@ -138,12 +143,30 @@ class EndToEnd(_Record):
     noise_floor_db: Decibel
 
 
+class ShapeParity(_Record):
+    """One shape of a network with dynamic dimensions: the worst of its layers, and one whole denoiser call.
+
+    ``end`` says which end of the optimization profile it is, ``sizes`` the dynamic dimensions by name.
+    """
+
+    profile: str
+    end: Literal["low", "best", "high"]
+    sizes: dict[str, int]
+    timestep: int
+    layers: int
+    sqnr_db: Decibel
+    code_flip_rate: float
+    whole_sqnr_db: Decibel
+    problems: list[str] = Field(default_factory=list)
+
+
 class Parity(_Record):
-    """Compiler parity (tier 2)."""
+    """Compiler parity (tier 2); ``shapes`` is empty for a network of fixed shapes."""
 
     reference: str
     layers: list[LayerParity]
     end_to_end: EndToEnd
+    shapes: list[ShapeParity] = Field(default_factory=list)
     verdict: Literal["pass", "fail"]
     reasons: list[str] = Field(default_factory=list)
 

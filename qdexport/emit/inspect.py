@@ -61,6 +61,10 @@ def onnx_facts(path: Path) -> dict[str, Any]:
     if METADATA_KEY in model.metadata_props:
         ours = NetworkFacts.from_metadata(model.metadata_props, str(path))
         facts |= {"model": ours.model, "recipe": ours.recipe, "target": ours.target, "body": ours.body}
+        facts["profiles"] = [
+            {"profile": name, **{f"{key} (low, best, high)": str(ends) for key, ends in shapes.items()}}
+            for name, shapes in ours.io.profile_shapes().items()
+        ]
         facts["time_table"] = "in the network" if ours.time_table is None else f"{len(ours.time_table)} timesteps"
         facts["scale_rows"] = len(ours.scale_rows) or "static"
     return facts

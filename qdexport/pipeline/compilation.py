@@ -181,6 +181,7 @@ class Compilation:
         def work() -> list[Made]:
             extra = [load_pass(source) for source in self.options.extra_passes]
             lowered = lower_to_onnx(self.model, folder, self.options.target, self.options.dump_passes, extra)
+            self.workspace.manifest.profiles = lowered.facts.io.profile_shapes()
             files = sorted(folder.iterdir(), key=lambda path: path == lowered.file.path)
             return [Made("log" if path.name == PASS_LOG_FILE else "onnx", path) for path in files]
 

@@ -12,6 +12,7 @@ from qdexport.check.engine_parity import write_golden
 from qdexport.check.parity import layer_parity
 from qdexport.check.quality import compare_quality
 from qdexport.check.session import REFERENCE
+from qdexport.check.shapes import shape_parity
 from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
 from qdexport.core.results import Coverage, Plan
@@ -58,10 +59,12 @@ def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink
         layers = layer_parity(model, onnx_path, facts.io, calls, advance)
     with _counted(progress, "whole network and noise floor") as advance:
         whole = whole_network(model, onnx_path, facts.io, advance)
-    report.parity = judge(layers, whole, model.body, REFERENCE)
+    with _counted(progress, "parity at every shape") as advance:
+        shapes, at_shapes = shape_parity(model, onnx_path, facts.io, calls, advance)
+    report.parity = judge(layers, whole, model.body, REFERENCE, shapes)
 
     golden = workspace.root / "golden"
-    write_golden(golden, onnx_path, facts.io, calls[: validation.golden])
+    write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes])
     made = [Made("golden", golden)]
     images = _images(model, onnx_path, facts.io, workspace, progress)
     return [*made, Made("images", images)] if images else made

@@ -151,7 +151,7 @@ def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest
         return manifest, report
     earlier = Manifest.load(path)
     if earlier.tool_version == __version__:
-        manifest.artifacts = earlier.artifacts
+        manifest.artifacts, manifest.profiles = earlier.artifacts, earlier.profiles
         if (root / REPORT_FILE).is_file():
             old = Report.load(root / REPORT_FILE)
             report = report.model_copy(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from qdexport.core.results import Coverage, EngineFacts, Parity, Quality, Report, StageFacts
+    from qdexport.core.results import Coverage, EngineFacts, Parity, ProfileFacts, Quality, Report, StageFacts
 
 __all__ = ["summary"]
 
@@ -64,6 +64,7 @@ def _lines(report: Report) -> list[tuple[str, Text]]:
         lines.append(("images", _images(report.quality)))
     if report.engine is not None:
         lines.append(("engine", _engine(report.engine)))
+        lines.extend(("", _profile(profile)) for profile in report.engine.profiles)
     if report.stages:
         lines.append(("time", _times(report.stages)))
     if report.engine is not None and report.target == "tensorrt-rtx":
@@ -115,6 +116,12 @@ def _parity(parity: Parity, limit: float) -> list[Text]:
     good = whole.sqnr_db >= whole.noise_floor_db - facts.FLOOR_SLACK_DB
     floor = f"(rounding alone {facts.decibel(whole.noise_floor_db)})"
     lines.append(_worst("end to end", facts.decibel(whole.sqnr_db), floor, good=good))
+    if parity.shapes:
+        weak = min(parity.shapes, key=lambda shape: shape.whole_sqnr_db)
+        sizes = ", ".join(f"{name} {size}" for name, size in weak.sizes.items())
+        bad = sum(bool(shape.problems) for shape in parity.shapes)
+        what = f"{len(parity.shapes)} shapes, least end to end"
+        lines.append(_worst(what, facts.decibel(weak.whole_sqnr_db), f"at {sizes}", good=not bad))
     return lines
 
 
@@ -142,6 +149,19 @@ def _engine(engine: EngineFacts) -> Text:
     if engine.compute_capabilities:
         text.append(f" for {', '.join(engine.compute_capabilities)}")
     return text
+
+
+def _profile(profile: ProfileFacts) -> Text:
+    """One optimization profile: its shapes, and the kernels that a call in it runs."""
+    shapes = "; ".join(f"{name} {' '.join(map(_cross, ends))}" for name, ends in profile.shapes.items())
+    return Text(
+        f"profile {profile.name}: {profile.kernels} kernels, {profile.int8_compute} INT8 and {profile.fp_compute} FP; "
+        f"{shapes}"
+    )
+
+
+def _cross(shape: list[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _times(stages: dict[str, StageFacts]) -> Text:
