@@ -22,17 +22,20 @@ __all__ = ["CANNOT_WRITE", "BuildResult", "BuildSpec", "NodeError", "peak_rss_mb
 # sysexits.h: EX_IOERR
 CANNOT_WRITE = 74
 
-# older ones have no strongly typed networks that can hold our graphs
-_OLDEST = {"tensorrt": (10, 3)}
 _PR_SET_PDEATHSIG = 1
 _SIGKILL = 9
 _CU_COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
 class BuildSpec(TypedDict):
-    """What the parent asks for; each of ``profiles`` maps an input to its smallest, usual and largest shape."""
+    """What the parent asks for.
+
+    ``versions`` are the oldest and the first that is too new of the module (empty: any); each of ``profiles`` maps an
+    input to its smallest, usual and largest shape.
+    """
 
     module: str
+    versions: list[list[int]]
     onnx: str
     engine: str
     result: str
@@ -123,10 +126,7 @@ def _build(spec: BuildSpec, result: BuildResult) -> None:
     except (ImportError, OSError) as error:
         raise _refused("import", f"the Python package {spec['module']} does not load: {error}") from error
     result["builder_version"] = str(trt.__version__)
-    oldest = _OLDEST.get(spec["module"], ())
-    if tuple(int(part) for part in trt.__version__.split(".")[:2]) < oldest:
-        wanted = ".".join(str(part) for part in oldest)
-        raise _refused("import", f"{spec['module']} {trt.__version__} is too old, install {wanted} or newer")
+    _check_version(spec["module"], trt.__version__, *spec["versions"])
     builder = trt.Builder(_logger(trt))
     _write(spec["progress"], b"reading the graph")
     network = _parse(trt, builder, spec["onnx"])
@@ -142,6 +142,17 @@ def _build(spec: BuildSpec, result: BuildResult) -> None:
     _write(spec["progress"], b"writing the engine")
     result["bytes"] = engine.nbytes
     _write(spec["engine"], engine)
+
+
+def _check_version(module: str, version: str, oldest: list[int], end: list[int]) -> None:
+    numbers = [int(part) for part in version.split(".")[:2]]
+    wanted, first_other = (".".join(map(str, bound)) for bound in (oldest, end))
+    if oldest and numbers < oldest:
+        older = ", or choose target tensorrt-10" if numbers >= [10, 3] else ""
+        raise _refused("import", f"{module} {version} is too old, install {wanted} or newer{older}")
+    if end and numbers >= end:
+        advice = f"install {wanted} or newer, below {first_other}, or choose target tensorrt"
+        raise _refused("import", f"{module} {version} is too new, {advice}")
 
 
 def _parse(trt: Any, builder: Any, path: str) -> Any:

@@ -127,6 +127,7 @@ def build_engine(
         with atomic_path(log_path) as log:
             job = BuildJob(
                 module=module,
+                versions=options.target.builder_versions,
                 onnx=onnx_path,
                 engine=engine,
                 log=log,

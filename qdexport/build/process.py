@@ -31,6 +31,7 @@ class BuildJob:
     """One build: an ONNX file in, an engine and a log out."""
 
     module: str
+    versions: tuple[tuple[int, ...], tuple[int, ...]]
     onnx: Path
     engine: Path
     log: Path
@@ -87,6 +88,7 @@ def run_child(job: BuildJob, on_progress: Callable[[str], None] | None = None) -
 def _spec(job: BuildJob, folder: Path) -> BuildSpec:
     return {
         "module": job.module,
+        "versions": [list(bound) for bound in job.versions],
         "onnx": str(job.onnx.resolve()),
         "engine": str(job.engine.resolve()),
         "result": str(folder / "result.json"),

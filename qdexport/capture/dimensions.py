@@ -19,9 +19,21 @@ from qdexport.errors import CaptureError
 if TYPE_CHECKING:
     from qdexport.core.io_spec import IoSpec
 
-__all__ = ["name_dimensions"]
+__all__ = ["fixed_dimensions", "name_dimensions"]
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_CONSTRAINED = re.compile(r"L\['inputs'\]\['(?P<input>\w+)'\]\.size\(\)\[(?P<axis>\d+)\]")
+
+
+def fixed_dimensions(message: str, io: IoSpec) -> list[str]:
+    """The names of dynamic dimensions that torch.export says the model does not leave free, from its message."""
+    specs = {spec.name: spec for spec in io.inputs}
+    found = (
+        specs[match["input"]].dims[int(match["axis"])].name
+        for match in _CONSTRAINED.finditer(message)
+        if match["input"] in specs
+    )
+    return list(dict.fromkeys(found))
 
 
 def name_dimensions(model: ir.Model, io: IoSpec) -> None:

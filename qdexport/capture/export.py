@@ -18,7 +18,7 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
-from qdexport.capture.dimensions import name_dimensions
+from qdexport.capture.dimensions import fixed_dimensions, name_dimensions
 from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
 from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
@@ -108,7 +108,16 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
         try:
             exported = torch.export.export(_NamedInputs(denoiser), (inputs,), dynamic_shapes=_dynamic_shapes(io))
         except Exception as error:
-            raise CaptureError(f"torch.export cannot trace {type(denoiser).__name__}: {_first_line(error)}") from error
+            fixed = fixed_dimensions(_first_line(error), io)
+            advice = (
+                f"; the model works at some sizes of {' and '.join(fixed)} only: give each one number, or other ranges, "
+                "in the recipe's shapes"
+                if fixed
+                else ""
+            )
+            raise CaptureError(
+                f"torch.export cannot trace {type(denoiser).__name__}: {_first_line(error)}{advice}"
+            ) from error
         try:
             program = torch.onnx.export(
                 exported,

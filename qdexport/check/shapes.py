@@ -1,4 +1,4 @@
-"""Networks with dynamic dimensions are checked at every end of every optimization profile, not only at the best size."""
+"""Networks with dynamic dimensions are checked at every end of every profile, not at their best size alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qdexport.check.exact import exact_predictions
+from qdexport.check.noise_floor import noise_floor
 from qdexport.check.parity import end_to_end, layer_parity
 from qdexport.check.verdict import layer_problems
 from qdexport.core.io_spec import End, IoSpec
@@ -86,6 +88,7 @@ def shape_parity(
         fixed = io.at(point.sizes)
         call = call_at(calls[index % len(calls)], fixed)
         layers = layer_parity(model, onnx_path, fixed, [call])
+        exact = exact_predictions(model.denoiser, [call.inputs])
         found.append(
             ShapeParity(
                 profile=point.profile,
@@ -95,7 +98,8 @@ def shape_parity(
                 layers=len(layers),
                 sqnr_db=min(item.sqnr_db for item in layers),
                 code_flip_rate=max(item.code_flip_rate for item in layers),
-                whole_sqnr_db=end_to_end(model, onnx_path, fixed, [call]),
+                whole_sqnr_db=end_to_end(model, onnx_path, fixed, [call], exact),
+                noise_floor_db=noise_floor(model, fixed, [call], seeds=1, exact=exact),
                 problems=layer_problems(layers, model.body),
             )
         )

@@ -26,8 +26,8 @@ FLOOR_MARGIN_DB: Final = 1.0
 # ONNX Runtime's answers are rounded as the engine's are: two errors of equal size are 3 dB
 _TWO_ERRORS_DB: Final = 3.0
 _NAMED: Final = 3
-# One call at a shape may have more codes flipped than the median of many, and one flip costs tens of decibels where the
-# floor is high; a size that is wrong somewhere leaves two unrelated outputs, which is 0 dB and less. Half the floor (in
+# One call flips other codes than one draw of its noise floor, and a single flip costs tens of decibels where that is
+# high; a size that is wrong somewhere leaves two unrelated outputs, which is 0 dB and less. Half the call's floor (in
 # decibels), at most 20 dB, lies between.
 _SHAPE_DB: Final = 20.0
 
@@ -54,7 +54,7 @@ def judge(
             f"{whole.noise_floor_db:.1f} dB"
         )
     for shape in shapes:
-        reasons += shape_problems(shape, whole.noise_floor_db)
+        reasons += shape_problems(shape)
     return Parity(
         reference=reference,
         layers=list(layers),
@@ -81,12 +81,12 @@ def layer_problems(layers: Sequence[LayerParity], body: str) -> list[str]:
     ]
 
 
-def shape_problems(shape: ShapeParity, noise_floor_db: float) -> list[str]:
+def shape_problems(shape: ShapeParity) -> list[str]:
     """What is wrong at one shape: its layers, or the whole network by far more than its noise floor."""
     sizes = ", ".join(f"{name} {size}" for name, size in shape.sizes.items())
     where = f"at {sizes} (profile {shape.profile}, {shape.end})"
     found = [f"{where}: {problem}" for problem in shape.problems]
-    least = min(_SHAPE_DB, noise_floor_db / 2)
+    least = min(_SHAPE_DB, shape.noise_floor_db / 2)
     if not shape.whole_sqnr_db >= least:
         found.append(f"{where}: the whole network reaches {shape.whole_sqnr_db:.1f} dB, less than {least:.1f} dB")
     return found

@@ -122,7 +122,10 @@ def _options(model: str, options: dict[str, Any]) -> CompileOptions:
     from qdexport.pipeline.compilation import CompileOptions
 
     overrides = overrides_of(
-        options["assignments"], options["body"], allow_re_rounding=options["allow_re_rounding"]
+        options["assignments"],
+        options["body"],
+        allow_re_rounding=options["allow_re_rounding"],
+        opset=options["opset"],
     )
     dump = options.get("dump_passes")
     return CompileOptions(

@@ -52,6 +52,7 @@ def recipe_options(function: _F) -> _F:
             is_flag=True,
             help="Let layers that read one tensor share a weight scale: fewer kernels, slightly other numbers.",
         ),
+        click.option("--opset", type=int, help="ONNX opset of the file, 20 to 23; default: what suits the target."),
         click.option(
             "--body", type=click.Choice(["auto", "fp32", "fp16"]), help="Type of everything that is not quantized."
         ),
@@ -101,9 +102,9 @@ def folder_argument(function: _F) -> _F:
 
 
 def overrides_of(
-    assignments: tuple[str, ...], body: str | None, *, allow_re_rounding: bool = False
+    assignments: tuple[str, ...], body: str | None, *, allow_re_rounding: bool = False, opset: int | None = None
 ) -> dict[str, Any]:
-    """The values of ``--set``, ``--body`` and ``--allow-re-rounding``. Raises ``RecipeError`` for one without ``=``."""
+    """The values of ``--set`` and of the options beside it. Raises ``RecipeError`` for an assignment without ``=``."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
@@ -115,6 +116,8 @@ def overrides_of(
             raise RecipeError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
     if body is not None:
         values["body"] = body
+    if opset is not None:
+        values["opset"] = opset
     if allow_re_rounding:
         values["allow_re_rounding"] = True
     return values

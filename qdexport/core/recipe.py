@@ -238,6 +238,7 @@ class Recipe(_Part):
     schema_version: Literal[1] = 1
     name: str
     description: str = ""
+    opset: int | None = Field(default=None, description="ONNX opset of the file; default: the target's")
     body: Literal["auto", "fp32", "fp16"] = Field(default="auto", description="auto: the type of the model's weights")
     rules: tuple[Rule, ...] = Field(min_length=1)
     activation_rows: Literal["static", "per_step"] | StepGroups = "static"

@@ -157,6 +157,7 @@ class ShapeParity(_Record):
     sqnr_db: Decibel
     code_flip_rate: float
     whole_sqnr_db: Decibel
+    noise_floor_db: Decibel
     problems: list[str] = Field(default_factory=list)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qdexport import __version__
 from qdexport.core.files import atomic_dir
+from qdexport.emit.legal import check_legal
 from qdexport.errors import EmitError
 from qdexport.graph.dialect import DOMAIN, LAYER_KEY
 from qdexport.graph.edit import name_everything
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-_IR_VERSION = 10  # belongs to opset 21; older runtimes refuse newer numbers
+# the ones that came with the opsets; older runtimes refuse newer numbers
+_IR_VERSIONS = {20: 9, 21: 10, 22: 10, 23: 11}
 # larger weights get a file of their own: protobuf would hold three copies of them (and ends at 2 GiB)
 _SINGLE_FILE_BYTES = 200_000_000
 _INLINE_BYTES = 256  # smaller constants stay in the file in any case
@@ -51,7 +53,8 @@ def emit(model: ir.Model, folder: Path, target: Target, metadata: dict[str, str]
         metadata: stored in the file's metadata.
 
     Raises:
-        EmitError: a node of the quantized dialect is left, or onnx's checker finds the file illegal.
+        EmitError: a node of the quantized dialect is left, a layer has what the target's opset or parser lacks, or
+            onnx's checker finds the file illegal.
         OutputError: the folder cannot be written.
     """
     _finish(model, target, metadata)
@@ -96,6 +99,7 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
     if left:
         raise EmitError(f"{len(left)} nodes of the quantized dialect are left, the first is {left[0]}")
     name_everything(model)
+    check_legal(model, target)
     for node in model.graph:
         # the module path is the first part of the node's name; stored twice it would only grow the file
         node.metadata_props.pop(LAYER_KEY, None)
@@ -103,7 +107,7 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
             value.metadata_props.clear()
     model.graph.opset_imports.clear()
     model.graph.opset_imports[""] = target.opset
-    model.ir_version = _IR_VERSION
+    model.ir_version = _IR_VERSIONS[target.opset]
     model.producer_name = "qdexport"
     model.producer_version = __version__
     model.metadata_props.clear()

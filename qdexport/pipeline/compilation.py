@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,7 +101,7 @@ class Compilation:
     """
 
     def __init__(self, options: CompileOptions, workspace: Workspace, progress: ProgressSink) -> None:
-        self.options = options
+        self.options = replace(options, target=options.target.with_opset(options.recipe.opset))
         self.workspace = workspace
         self.progress = progress
         self._model: QuantizedModel | None = None

@@ -50,7 +50,7 @@ def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink
     plan = workspace.manifest.artifact("plan")
     report, validation = workspace.report, model.recipe.validation
     report.body = model.body
-    int4 = stores_int4_weights(model, target_named(facts.target))
+    int4 = stores_int4_weights(model, target_named(facts.target).with_opset(model.recipe.opset))
     report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.root / plan.path) if plan else None, int4=int4)
     report.coverage.notes = facts.notes
 

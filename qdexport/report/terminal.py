@@ -117,11 +117,12 @@ def _parity(parity: Parity, limit: float) -> list[Text]:
     floor = f"(rounding alone {facts.decibel(whole.noise_floor_db)})"
     lines.append(_worst("end to end", facts.decibel(whole.sqnr_db), floor, good=good))
     if parity.shapes:
-        weak = min(parity.shapes, key=lambda shape: shape.whole_sqnr_db)
+        weak = min(parity.shapes, key=lambda shape: shape.whole_sqnr_db - shape.noise_floor_db)
         sizes = ", ".join(f"{name} {size}" for name, size in weak.sizes.items())
-        bad = sum(bool(shape.problems) for shape in parity.shapes)
-        what = f"{len(parity.shapes)} shapes, least end to end"
-        lines.append(_worst(what, facts.decibel(weak.whole_sqnr_db), f"at {sizes}", good=not bad))
+        where = f"(rounding alone {facts.decibel(weak.noise_floor_db)}) at {sizes}"
+        what = f"{len(parity.shapes)} shapes, worst"
+        bad = any(shape.problems for shape in parity.shapes)
+        lines.append(_worst(what, facts.decibel(weak.whole_sqnr_db), where, good=not bad))
     return lines
 
 

@@ -106,9 +106,9 @@ def conv_linear_net(path, body="fp16", dims=(2, 32, 16, 16)):
     return net.save(path, net.float_linear("proj_out", x, (64, 48)))
 
 
-def options(target="tensorrt-rtx", capabilities=(), inputs=(), timeout_s=None, **changes):
+def options(target="tensorrt-rtx", capabilities=(), inputs=(), profiles=(), timeout_s=None, **changes):
     row = dataclasses.replace(TARGETS[target], **changes)
-    io = IoSpec(inputs=tuple(inputs), outputs=())
+    io = IoSpec(inputs=tuple(inputs), outputs=(), profiles=tuple(profiles))
     return BuildOptions(target=row, io=io, compute_capabilities=capabilities, timeout_s=timeout_s)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from qdexport.build.engine import build_engine, checked_capabilities
 from qdexport.build.plan import engine_coverage, kernel_counts, plan_tensors
-from qdexport.core.io_spec import Dim, TensorSpec
+from qdexport.core.io_spec import Dim, Profile, TensorSpec
 from qdexport.core.results import Plan
 from qdexport.core.target import TARGETS
 from qdexport.errors import BuildError, MissingDependencyError, OutputError, RecipeError
@@ -90,10 +90,30 @@ def test_dynamic_dimensions_become_a_profile(build, nets, tmp_path):
         dtype="float16",
         dims=(Dim(name="batch", low=1, best=2, high=4), static(32), side, side),
     )
-    _, plan = build(path, inputs=[sample])
+    facts, plan = build(path, inputs=[sample])
     assert kernel_counts(plan).int8_compute == 2
+    assert [(item.name, item.kernels) for item in facts.profiles] == [("0", facts.kernels)]
     log = (tmp_path / "engine" / "build.log").read_text()
     assert "MinShape: [1,32,8,8], OptShape: [2,32,16,16], MaxShape: [4,32,32,32]" in log
+
+
+@pytest.mark.rtx
+def test_several_profiles_have_kernels_of_their_own(build, nets, tmp_path):
+    path = nets.conv_linear_net(tmp_path / "model.onnx", dims=("batch", 32, "height", "height"))
+    batch, side = Dim(name="batch", low=1, best=1, high=8), Dim(name="height", low=8, best=8, high=64)
+    sample = TensorSpec(name="sample", role="sample", dtype="float16", dims=(batch, static(32), side, side))
+    small = Profile(name="small", dims=(batch.model_copy(update={"high": 1}), side.model_copy(update={"high": 16})))
+    large = Profile(name="large", dims=(batch, side.model_copy(update={"low": 16, "best": 32})))
+    facts, plan = build(path, inputs=[sample], profiles=[small, large])
+    assert [item.name for item in facts.profiles] == ["small", "large"]
+    assert facts.profiles[1].shapes == {"sample": [[1, 32, 16, 16], [1, 32, 32, 32], [8, 32, 64, 64]]}
+    assert [(item.int8_compute, item.fp_compute) for item in facts.profiles] == [(2, 1), (2, 1)]
+    assert sum(item.kernels for item in facts.profiles) == facts.kernels
+    assert {kernel.profile for kernel in plan.kernels} == {0, 1}
+    # one name for both copies of a layer, so that the audit sees the worse one
+    for profile in (0, 1):
+        part = plan.model_copy(update={"kernels": [item for item in plan.kernels if item.profile == profile]})
+        assert engine_coverage(part, [nets.CONV, nets.LINEAR]) == {nets.CONV: "int8", nets.LINEAR: "int8"}
 
 
 @pytest.mark.rtx
@@ -317,16 +337,24 @@ def test_the_tensorrt_target_uses_the_same_interface(rtx, nets, tmp_path, fake_b
     # TensorRT proper does not run on a CPU: RTX under its name shows that the calls are the common ones
     module = fake_builder("tensorrt", TENSORRT.format(version="10.3.0"))
     path = nets.conv_linear_net(tmp_path / "model.onnx")
-    options = nets.options("tensorrt", module=module, needs_gpu_to_build=False)
+    options = nets.options("tensorrt-10", module=module, needs_gpu_to_build=False)
     facts, _ = build_engine(path, tmp_path / "engine", options)
-    assert (facts.target, facts.compute_capabilities, facts.int8_compute) == ("tensorrt", [], 2)
+    assert (facts.target, facts.compute_capabilities, facts.int8_compute) == ("tensorrt-10", [], 2)
 
 
-def test_an_old_tensorrt(nets, tmp_path, fake_builder):
-    fake_builder("tensorrt", "__version__ = '8.6.1'\n")
+@pytest.mark.parametrize(
+    ("target", "version", "message"),
+    [
+        ("tensorrt-10", "8.6.1", r"tensorrt 8\.6\.1 is too old, install 10\.3 or newer$"),
+        ("tensorrt", "10.13.3", r"10\.13\.3 is too old, install 11\.0 or newer, or choose target tensorrt-10"),
+        ("tensorrt-10", "11.4.0", r"too new, install 10\.3 or newer, below 11\.0, or choose target tensorrt$"),
+    ],
+)
+def test_a_tensorrt_of_another_generation(nets, tmp_path, fake_builder, target, version, message):
+    fake_builder("tensorrt", f"__version__ = {version!r}\n")
     path = nets.conv_linear_net(tmp_path / "model.onnx")
-    with pytest.raises(MissingDependencyError, match=r"tensorrt 8\.6\.1 is too old, install 10\.3 or newer"):
-        build_engine(path, tmp_path / "engine", nets.options("tensorrt", needs_gpu_to_build=False))
+    with pytest.raises(MissingDependencyError, match=message):
+        build_engine(path, tmp_path / "engine", nets.options(target, needs_gpu_to_build=False))
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a GPU")

@@ -10,6 +10,7 @@ from typing import Self
 
 import numpy as np
 import pytest
+from polygraphy.exception import PolygraphyException
 
 from qdexport.check import engine_child
 from qdexport.check.engine_parity import engine_parity, write_golden
@@ -108,6 +109,7 @@ def test_the_child_compares_what_the_engine_answers(
 
         def __init__(self, engine: object) -> None:
             self.count = 0
+            self.engine = SimpleNamespace(num_io_tensors=0, num_optimization_profiles=1)
 
         def __enter__(self) -> Self:
             return self
@@ -140,3 +142,30 @@ def test_a_runtime_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert "pip install 'qdexport[gpu]'" in engine_child.missing_runtime("tensorrt")
     assert engine_child.missing_runtime("json") == ""
+
+
+class _Engine:
+    """Two optimization profiles of one input: batch 1 to 2, and 4 to 8."""
+
+    num_io_tensors, num_optimization_profiles = 2, 2
+
+    def get_tensor_name(self, index: int) -> str:
+        return ("sample", "noise_pred")[index]
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, int]]:
+        assert name == "sample"
+        low, high = ((1, 2), (4, 8))[index]
+        return [(low, 4), (low, 4), (high, 4)]
+
+
+@pytest.mark.parametrize(("batch", "chosen"), [(1, [0]), (2, [0]), (4, [1]), (8, [1]), (3, None)])
+def test_a_golden_call_chooses_its_profile(batch: int, chosen: list[int] | None) -> None:
+    used: list[int] = []
+    runner = SimpleNamespace(engine=_Engine(), set_profile=used.append)
+    inputs = {"sample": np.zeros((batch, 4)), "timestep": np.zeros(1)}  # a tabled timestep may be no input at all
+    if chosen is None:
+        with pytest.raises(PolygraphyException, match=r"has room for a golden call: sample \[3, 4\]"):
+            engine_child.choose_profile(runner, inputs)
+    else:
+        engine_child.choose_profile(runner, inputs)
+        assert used == chosen

@@ -1,10 +1,13 @@
-"""GroupNorm of small groups is written out; large, dynamic and affine ones stay, with the reason."""
+"""GroupNorm of groups that stay small is written out; large, unknown and affine ones stay, with the reason."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
 from qdexport.graph.evaluate import evaluate
 from qdexport.graph.runner import PassReport
 from qdexport.passes.expand_group_norm import ExpandGroupNorm
@@ -55,3 +58,31 @@ def test_other_norms_stay_and_say_why(graphs, options, reason):
     assert [node.op_type for node in model.graph] == ["InstanceNormalization", "Relu"]
     assert [(item.node, item.reason) for item in report.skipped] == [("norm1/InstanceNormalization", reason)]
     assert report.touched == []
+
+
+def context_with(graphs, high):
+    """A network whose height may be up to ``high``."""
+    height = Dim(name="height", low=4, best=8, high=high)
+    sample = TensorSpec(name="x", role="sample", dtype="float32", dims=(height,))
+    return replace(graphs.context_of(), io=IoSpec(inputs=(sample,), outputs=()))
+
+
+@pytest.mark.parametrize(("high", "written_out"), [(100, True), (400, False)])
+def test_a_group_counts_at_its_largest(graphs, noise, high, written_out):
+    """Groups of 2 channels of a height by 50: at 100 they have 10,000 elements, at 400 40,000."""
+    model = graphs.model_of(
+        "float[2, 8, height, 50] x",
+        "float[2, 4, L] y",
+        '["norm/Reshape"] groups = Reshape(x, sizes)\n'
+        '["norm/InstanceNormalization"] n = InstanceNormalization<epsilon: float = 1e-5>(groups, one, zero)\n'
+        '["norm/Relu"] y = Relu(n)',
+        {"sizes": np.array([0, 4, -1]), "one": np.ones(4, np.float32), "zero": np.zeros(4, np.float32)},
+    )
+    feeds = [{"x": noise.standard_normal((2, 8, size, 50)).astype(np.float32)} for size in (4, 12)]
+    ran = graphs.run(model, ExpandGroupNorm(), feeds, context_with(graphs, high))
+    assert ("InstanceNormalization" not in ran.ops) == written_out
+    assert [item.reason for item in ran.report.skipped] == (
+        [] if written_out else ["a group of 40000 elements is above 31000"]
+    )
+    # sums of up to 1,200 terms of order 1 in another order
+    ran.assert_close(terms=1200, magnitude=1.0)

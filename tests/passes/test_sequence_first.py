@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qdexport.core.target import TARGETS
@@ -146,3 +147,45 @@ def test_a_row_per_image_stays(graphs, noise):
     report = PassReport("sequence-first")
     SequenceFirst().apply(model, graphs.context_of(), report)
     assert [item.reason for item in report.skipped] == ["to_q.input_quantizer has a row of its step table per image"]
+
+
+@pytest.mark.parametrize("size", [(1, 2, 2), (2, 2, 4), (3, 4, 2)])
+def test_sizes_may_be_known_only_when_the_network_runs(graphs, noise, size):
+    """Shapes that are computed are put in another order by a Gather; the batch may then be anything, also 1."""
+    batch, height, width = size
+    block = BLOCK.replace("rows", "tokens_shape").replace("heads", "heads_shape")
+    shapes = (
+        '["t/Shape"] n1 = Shape<start = 0, end = 1>(x)\n["t/Shape_1"] grid_sizes = Shape<start = 2>(x)\n'
+        '["t/Concat"] tokens_shape = Concat<axis: int = 0>(n1, minus, width)\n'
+        '["t/Concat_1"] heads_shape = Concat<axis: int = 0>(n1, minus, three, two)\n'
+        '["t/Concat_2"] spatial_shape = Concat<axis: int = 0>(n1, grid_sizes, width)\n'
+    )
+    weights = {name: noise.integers(-2, 3, (C, C)).astype(np.float32) * 0.25 for name in ("wq", "wk", "wv", "wo")}
+    sizes = {"minus": np.array([-1]), "width": np.array([C]), "three": np.array([HEADS]), "two": np.array([D])}
+    model = graphs.model_of(
+        f"float[batch, {C}, height, width] x",
+        f"float[batch, {C}, height, width] y",
+        shapes + ENTRY.replace("rows", "tokens_shape") + block + EXIT.replace("spatial", "spatial_shape"),
+        {**weights, **sizes, "gain": np.ones(C, np.float32), "b": np.arange(C, dtype=np.float32)},
+    )
+    for node in model.graph:  # as after a capture, which gives the product of two sizes a name
+        for value in node.outputs:
+            dims = list(value.shape or ())
+            if len(dims) >= 3 and str(dims[1]) not in {str(C), str(HEADS), "height"} and not isinstance(dims[1], int):
+                dims[1] = "height*width"
+                value.shape = ir.Shape(dims)
+    x = noise.standard_normal((batch, C, height, width)).astype(np.float32)
+    ran = graphs.run(model, SequenceFirst(), {"x": x})
+    assert ran.report.touched == ["t"]
+    tokens = ran.node("norm/LayerNormalization").outputs[0]
+    assert [str(dim) for dim in tokens.shape] == ["height*width", "batch", str(C)]
+    assert ran.ops.count("Gather") == 6  # entry, three to heads, one from heads, exit
+    ran.assert_close(terms=8 * C, magnitude=16.0)
+
+
+def test_sizes_that_are_copied_by_their_place_stay(graphs, noise):
+    model = network(graphs, noise)
+    model.graph.initializers["rows"].const_value = ir.tensor(np.array([0, L, C]))
+    report = PassReport("sequence-first")
+    SequenceFirst().apply(model, graphs.context_of(), report)
+    assert [item.reason for item in report.skipped] == ["t/Reshape copies a size by its place"]
