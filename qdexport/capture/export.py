@@ -103,15 +103,15 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
         CaptureError: torch.export or the ONNX exporter cannot express the module.
     """
     register_schema()
-    inputs = example_inputs(io, seed=0)
+    inputs = example_inputs(_traced(io), seed=0)
     with _quiet(), torch.no_grad():
         try:
             exported = torch.export.export(_NamedInputs(denoiser), (inputs,), dynamic_shapes=_dynamic_shapes(io))
         except Exception as error:
             fixed = fixed_dimensions(_first_line(error), io)
             advice = (
-                f"; the model works at some sizes of {' and '.join(fixed)} only: give each one number, or other ranges, "
-                "in the recipe's shapes"
+                f"; the model works at some sizes of {' and '.join(fixed)} only: give each one number, or another "
+                "range, in the recipe's shapes"
                 if fixed
                 else ""
             )
@@ -171,6 +171,11 @@ def _translate(  # noqa: PLR0913  the signature of the operator
     return dialect.FakeQuantize(*inputs, qmin=qmin, qmax=qmax, axis=axis)
 
 
+def _traced(io: IoSpec) -> IoSpec:
+    """The inputs to trace with: at the best sizes, but no dynamic size is 1, which torch.export would fix."""
+    return io.at({dim.name: dim.high for dim in io.dynamic_dims if dim.best == 1})
+
+
 def _dynamic_shapes(io: IoSpec) -> tuple[dict[str, dict[int, Any] | None]] | None:
     """The ranges of an IoSpec in torch.export's form; dimensions of one name are one symbol."""
     symbols: dict[str, Any] = {}
@@ -188,8 +193,9 @@ def _first_line(error: BaseException) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    lines = str(cause).strip().splitlines()
-    return f"{type(cause).__name__}: {lines[0] if lines else ''}"
+    lines = str(cause).strip().splitlines() or [""]
+    shown = " ".join(line.strip(" -") for line in lines[:2]) if lines[0].endswith(":") else lines[0]
+    return f"{type(cause).__name__}: {shown}"
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
 
 from qdexport import __version__
 from qdexport.core.files import atomic_dir
+from qdexport.emit.external import write_external
 from qdexport.emit.legal import check_legal
 from qdexport.errors import EmitError
 from qdexport.graph.dialect import DOMAIN, LAYER_KEY
@@ -29,9 +31,10 @@ DATA_FILE = "model.onnx.data"
 # the ones that came with the opsets; older runtimes refuse newer numbers
 _IR_VERSIONS = {20: 9, 21: 10, 22: 10, 23: 11}
 # larger weights get a file of their own: protobuf would hold three copies of them (and ends at 2 GiB)
-_SINGLE_FILE_BYTES = 200_000_000
+_SINGLE_FILE_BYTES = 64_000_000
 _INLINE_BYTES = 256  # smaller constants stay in the file in any case
 _FULL_CHECK_BYTES = 200_000_000  # shape inference of larger files costs more than it finds
+_SHARED_ELEMENTS = 1 << 16  # equal constants of up to so many elements (zero points, sizes) become one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +87,8 @@ def _save_with_data(model: ir.Model, path: Path) -> None:
         and value.const_value.dtype != ir.DataType.INT64
         and value.const_value.nbytes > _INLINE_BYTES
     }
-    stored = ir.external_data.convert_tensors_to_external(list(large.values()), path.parent, DATA_FILE)
     try:
-        for value, tensor in zip(large, stored, strict=True):
+        for value, tensor in write_external(large, path.parent, DATA_FILE).items():
             value.const_value = tensor
         ir.save(model, path)
     finally:
@@ -98,6 +100,7 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
     left = [node.name for node in model.graph if node.domain == DOMAIN]
     if left:
         raise EmitError(f"{len(left)} nodes of the quantized dialect are left, the first is {left[0]}")
+    common_passes.DeduplicateInitializersPass(size_limit=_SHARED_ELEMENTS)(model)
     name_everything(model)
     check_legal(model, target)
     for node in model.graph:
