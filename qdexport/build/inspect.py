@@ -24,6 +24,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "target": plan.target,
         "kernels_in_all": counts.kernels,
         "by_type": counts.by_type,
+        "by_profile": _by_profile(plan),
         "int8_compute": counts.int8_compute,
         "fp_compute": counts.fp_compute,
         "attention_kernels": counts.attention_kernels,
@@ -34,6 +35,16 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             if item.kind not in {"signal", "wait"}
         ],
     }
+
+
+def _by_profile(plan: Plan) -> dict[str, int]:
+    """Kernels of every optimization profile, by its number."""
+    numbers = sorted({kernel.profile for kernel in plan.kernels})
+    parts = {
+        number: plan.model_copy(update={"kernels": [item for item in plan.kernels if item.profile == number]})
+        for number in numbers
+    }
+    return {str(number): kernel_counts(part).kernels for number, part in parts.items()}
 
 
 def cost_facts(cost: PlanCost) -> dict[str, Any]:
