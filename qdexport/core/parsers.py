@@ -17,20 +17,22 @@ _ANY = _NUMBERS | {"BOOL"}
 
 # by element types of what an operator reads; INT8 and narrower tensors are a matter of quantizers alone
 _OF_FLOATS = (
-    "AveragePool BatchNormalization Ceil Clip Conv ConvTranspose Cos Dropout Einsum Elu Erf Exp Floor Gelu Gemm "
-    "GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid HardSwish InstanceNormalization LayerNormalization "
-    "LeakyRelu Log LogSoftmax LpNormalization MatMul MaxPool MeanVarianceNormalization PRelu Pow Reciprocal Resize "
-    "Round Selu Sigmoid Sin Softmax Softplus Softsign Sqrt Tan Tanh "
-    "Mish"
+    "Acos Acosh Asin Asinh Atan Atanh AveragePool BatchNormalization Ceil Celu Clip Conv ConvTranspose Cos Cosh "
+    "DeformConv Dropout Einsum Elu Erf Exp Floor Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool GridSample "
+    "GroupNormalization HardSigmoid HardSwish Hardmax InstanceNormalization IsInf LRN LayerNormalization LeakyRelu "
+    "Log LogSoftmax LpNormalization LpPool MatMul MaxPool MeanVarianceNormalization Mish NonZero PRelu Pow Reciprocal "
+    "Resize Round Selu Sigmoid Sin Sinh Softmax Softplus Softsign Sqrt Tan Tanh ThresholdedRelu"
 )
 _OF_NUMBERS = (
     "Abs Add ArgMax ArgMin CumSum DepthToSpace Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Mean Min "
     "Mod Mul Neg Pad Range ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd "
-    "ReduceSum ReduceSumSquare Relu ScatterElements ScatterND Sign SpaceToDepth Sub Sum TopK"
+    "ReduceSum ReduceSumSquare Relu Scatter ScatterElements ScatterND Shrink Sign SpaceToDepth Sub Sum TopK"
 )
 _OF_ANY = (
-    "And Cast CastLike Concat Constant ConstantOfShape Expand EyeLike Flatten Gather GatherElements GatherND Identity "
-    "Not OneHot Or Reshape Shape Size Slice Split Squeeze Tile Transpose Trilu Unsqueeze Where Xor"
+    "And Cast CastLike Concat Constant ConstantOfShape Expand EyeLike Flatten GRU Gather GatherElements GatherND "
+    "Identity If LSTM Loop NonMaxSuppression Not OneHot Or RNN RandomNormal RandomNormalLike RandomUniform "
+    "RandomUniformLike Reshape ReverseSequence RoiAlign Scan Shape Size Slice Split Squeeze Tile Transpose Trilu "
+    "Unsqueeze Where Xor"
 )
 _OPERATORS_10 = {
     **dict.fromkeys(_OF_FLOATS.split(), _FLOATS),
