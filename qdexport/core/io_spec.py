@@ -1,4 +1,4 @@
-"""The inputs and outputs of a captured denoiser."""
+"""The inputs and outputs of a captured network: the denoiser, or one that works beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict
 
 __all__ = ["Dim", "IoSpec", "TensorSpec"]
 
-Role = Literal["sample", "timestep", "text", "text_pooled", "time_ids", "class_labels", "prediction"]
+Role = Literal[
+    "sample", "timestep", "text", "text_pooled", "time_ids", "class_labels", "prediction",
+    "tokens", "latents", "image",
+]  # fmt: skip
 
 
 class Dim(BaseModel):
@@ -43,7 +46,7 @@ class TensorSpec(BaseModel):
 
 
 class IoSpec(BaseModel):
-    """All inputs and outputs of a denoiser, in call order."""
+    """All inputs and outputs of a network, in call order."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
