@@ -37,7 +37,7 @@ from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import SampleRequest, call_count, sample, schedule
 from qdexport.models.stand_ins import NamedFunction, in_place_of_parts
 
-__all__ = ["OnnxCompanion", "PipelineTrial", "companion_parity", "try_pipeline"]
+__all__ = ["OnnxCompanion", "PipelineTrial", "companion_parity", "exact_function", "try_pipeline"]
 
 OnProgress = Callable[[int, int], None]
 Call = dict[str, Tensor]
@@ -59,7 +59,7 @@ class OnnxCompanion:
     """
 
     def __init__(self, path: Path, facts: CompanionFacts) -> None:
-        self._path, self._facts = path, facts
+        self.path, self._facts = path, facts
         self._session = reference_session(path)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class OnnxCompanion:
         try:
             return [torch.from_numpy(array) for array in self._session.run(None, feed)]
         except ort_errors() as error:
-            raise ParityError(f"{self._path} does not run: {str(error).splitlines()[0]}") from error
+            raise ParityError(f"{self.path} does not run: {str(error).splitlines()[0]}") from error
 
 
 @dataclass(slots=True)
@@ -185,12 +185,14 @@ def companion_parity(
 
 
 def exact_function(companion: Companion) -> NamedFunction:
-    """The network in FP32, whatever its body; outputs are FP32."""
+    """The network in FP32, whatever its body; outputs are FP32, and rounded to their type when the body is FP32 too."""
 
     def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        single = {name: item.float() if item.is_floating_point() else item for name, item in inputs.items()}
+        typed = _typed(inputs, companion.facts)
+        single = {name: item.float() if item.is_floating_point() else item for name, item in typed.items()}
         with torch.no_grad(), in_float32(companion.module):
-            return companion(single)
+            outputs = companion.in_body(single)
+        return _converted(outputs, companion.facts) if companion.facts.body == "fp32" else outputs
 
     return function
 
@@ -198,9 +200,15 @@ def exact_function(companion: Companion) -> NamedFunction:
 def _rounding_function(companion: Companion, source: torch.Generator) -> NamedFunction:
     def function(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with rounding(source):
-            return companion(_typed(inputs, companion.facts))
+            outputs = companion.in_body(_typed(inputs, companion.facts))
+        return _converted(outputs, companion.facts)
 
     return function
+
+
+def _converted(outputs: Mapping[str, Tensor], facts: CompanionFacts) -> dict[str, Tensor]:
+    """In the types of the file's outputs, rounded to nearest."""
+    return {spec.name: outputs[spec.name].to(getattr(torch, spec.dtype)) for spec in facts.io.outputs}
 
 
 def _recording(function: NamedFunction, calls: list[Call]) -> NamedFunction:

@@ -88,6 +88,11 @@ class Companion:
         outputs = self.module(dict(inputs))
         return {spec.name: output for spec, output in zip(self.facts.io.outputs, outputs, strict=True)}
 
+    def in_body(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The named outputs in the type that the network computes in, before they get the denoiser's."""
+        outputs = self.module(dict(inputs), convert=False)
+        return {spec.name: output for spec, output in zip(self.facts.io.outputs, outputs, strict=True)}
+
 
 def find_companions(loaded: LoadedModel, wanted: Companions) -> Found:
     """Looks for the networks that a recipe asks for.
@@ -196,7 +201,9 @@ def companion_of(network: nn.Module, facts: CompanionFacts) -> Companion:
 
 
 def example_companion_inputs(companion: Companion, seed: int) -> dict[str, Tensor]:
-    """Random inputs at the best sizes: normal latents, legal tokens.
+    """Random inputs: normal latents, legal tokens.
+
+    They have the best sizes; a range whose best is 1 has 2 rows (torch.export takes a 1 for a constant).
 
     Args:
         companion: the network.
@@ -205,11 +212,12 @@ def example_companion_inputs(companion: Companion, seed: int) -> dict[str, Tenso
     source = torch.Generator().manual_seed(seed)
     inputs = {}
     for spec in companion.facts.io.inputs:
+        shape = tuple(max(dim.best, 2) if dim.dynamic else dim.best for dim in spec.dims)
         if spec.role == "tokens":
             words = int(cast("Any", companion.network).config.vocab_size)
-            inputs[spec.name] = torch.randint(0, words, spec.shape(), generator=source)
+            inputs[spec.name] = torch.randint(0, words, shape, generator=source)
         else:
-            inputs[spec.name] = torch.randn(spec.shape(), generator=source).to(getattr(torch, spec.dtype))
+            inputs[spec.name] = torch.randn(shape, generator=source).to(getattr(torch, spec.dtype))
     return inputs
 
 
@@ -234,8 +242,9 @@ class _VaeDecoder(nn.Module):
         self.network = _Decoder(vae)
         self._body, self._outer = body, outer
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return (self.network(inputs["latents"].to(self._body)).to(self._outer),)
+    def forward(self, inputs: dict[str, Tensor], *, convert: bool = True) -> tuple[Tensor, ...]:
+        image = self.network(inputs["latents"].to(self._body))
+        return (image.to(self._outer) if convert else image,)
 
 
 class _TextEncoder(nn.Module):
@@ -246,13 +255,13 @@ class _TextEncoder(nn.Module):
         self.network = encoder
         self._layer, self._pooled, self._outer = facts.hidden_layer, len(facts.io.outputs) > 1, outer
 
-    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    def forward(self, inputs: dict[str, Tensor], *, convert: bool = True) -> tuple[Tensor, ...]:
         last = self._layer in {None, -1}  # behind the final norm; earlier layers are read in front of it
         result = self.network(inputs["input_ids"], output_hidden_states=not last)
         hidden = result.last_hidden_state if last else result.hidden_states[self._layer]
         # [0] of a model with a projection is the projected pooled text
         values = [hidden, result[0]] if self._pooled else [hidden]
-        return tuple(value.to(self._outer) for value in values)
+        return tuple(value.to(self._outer) if convert else value for value in values)
 
 
 def _part(loaded: LoadedModel, name: CompanionName) -> Any | None:
