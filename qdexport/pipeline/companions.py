@@ -9,7 +9,7 @@ import logging
 import shutil
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qdexport.build.audit import floating_mismatches
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from qdexport.pipeline.workspace import Workspace
     from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["CompanionStages", "lower_companion"]
+__all__ = ["CompanionStages", "audited_layers", "lower_companion"]
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,8 @@ class CompanionStages:
                 nodes=file.nodes,
                 onnx_bytes=file.bytes,
             )
-            self._results()[facts.network] = result.model_copy(update=_audited(file.path, facts.body, None))
+            audited = audited_layers(file.path, facts.body, None)
+            self._results()[facts.network] = result.model_copy(update=audited)
             files = sorted(folder.iterdir(), key=lambda path: path == file.path)
             return [Made("companion_onnx", path) for path in files]
 
@@ -173,7 +174,7 @@ class CompanionStages:
             options = BuildOptions(target=self.target, io=facts.io, compute_capabilities=capabilities)
             engine, plan = build_engine(path, folder, options, logger.info)
             known = self._results()[name]
-            self._results()[name] = known.model_copy(update={"engine": engine, **_audited(path, facts.body, plan)})
+            self._results()[name] = known.model_copy(update={"engine": engine, **audited_layers(path, facts.body, plan)})
             return [
                 Made("companion_engine", folder / "model.engine"),
                 Made("companion_plan", folder / "plan.json"),
@@ -254,8 +255,18 @@ class CompanionStages:
             workspace.report.stages.pop("validate:companions", None)
 
 
-def _audited(path: Path, body: str, plan: Plan | None) -> dict[str, object]:
-    """How many weighted layers have which type, and a sentence for each that has another than the body's."""
+def audited_layers(path: Path, body: str, plan: Plan | None) -> dict[str, Any]:
+    """Reads the types of weighted layers back from the ONNX file and from the kernel plan.
+
+    Args:
+        path: the ONNX file.
+        body: what they should be.
+        plan: None when no engine was built.
+
+    Returns:
+        ``layers``: how many of them are of which type as planned, in the file and in the engine; ``mismatches``: a
+        sentence for each that has another type than the body's.
+    """
     emitted = {
         item["name"].rpartition("/")[0]: _PRECISIONS.get(item["weight"], item["weight"].lower())
         for item in onnx_facts(path)["layers"]
