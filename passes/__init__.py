@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qdexport.passes.bias_in_product import BiasInProduct
 from qdexport.passes.expand_group_norm import ExpandGroupNorm
 from qdexport.passes.fold_adapters import FoldAdapters
 from qdexport.passes.fold_reparam import FoldReparam
@@ -44,7 +45,13 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
 )
 
 # those that have something to do in a network without quantizers and timestep
-FLOATING_POINT: tuple[type[GraphPass], ...] = (ExpandGroupNorm, PlainAttention, SequenceFirst, LegalizeTypes)
+FLOATING_POINT: tuple[type[GraphPass], ...] = (
+    ExpandGroupNorm,
+    PlainAttention,
+    SequenceFirst,
+    BiasInProduct,
+    LegalizeTypes,
+)
 
 
 def default_passes() -> list[GraphPass]:

@@ -173,8 +173,8 @@ class CompanionStages:
             facts = read_companion_facts(path)
             options = BuildOptions(target=self.target, io=facts.io, compute_capabilities=capabilities)
             engine, plan = build_engine(path, folder, options, logger.info)
-            known = self._results()[name]
-            self._results()[name] = known.model_copy(update={"engine": engine, **audited_layers(path, facts.body, plan)})
+            found = {"engine": engine, **audited_layers(path, facts.body, plan)}
+            self._results()[name] = self._results()[name].model_copy(update=found)
             return [
                 Made("companion_engine", folder / "model.engine"),
                 Made("companion_plan", folder / "plan.json"),
