@@ -29,7 +29,7 @@ from qdexport.core.recipe import Companions
 from qdexport.errors import ModelError
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.loaded import LoadedModel
-from qdexport.models.weights import check_weights, find_weights, read_json
+from qdexport.models.weights import check_weights, find_weights, read_json, variants_in
 
 __all__ = [
     "NETWORK",
@@ -159,13 +159,14 @@ def load_companion(folder: Path, facts: CompanionFacts, variant: str | None = No
     Args:
         folder: of the pipeline.
         facts: of :func:`companion_facts`.
-        variant: of the weight files.
+        variant: of the weight files; the plain ones are taken where there are none of it.
 
     Raises:
         ModelError: files are missing, damaged, or do not fit the configuration.
     """
     part = folder / facts.component
     read_json(part / "config.json")
+    variant = variant if variant in variants_in(part) else None
     weights = find_weights(part, variant)
     check_weights(weights)
     try:

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qdexport import __version__
 from qdexport.build.audit import floating_mismatches
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities
 from qdexport.build.plan import engine_coverage
@@ -141,6 +142,7 @@ class CompanionStages:
         inputs = {
             "weights": tree_sha256(source / facts.component),
             "facts": digest_of(facts.model_dump(mode="json"), self.target.opset),
+            "tool": __version__,
         }
 
         def work() -> list[Made]:
