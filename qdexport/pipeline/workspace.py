@@ -173,7 +173,8 @@ def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest
                 update={
                     name: getattr(old, name)
                     for name in (
-                        "quality", "coverage", "parity", "engine", "companions", "whole_pipeline", "stages", "notes",
+                        "body", "quality", "coverage", "parity", "engine",
+                        "companions", "whole_pipeline", "stages", "notes",
                     )
                 }
             )
