@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qdexport.passes.bias_in_product import BiasInProduct
 from qdexport.passes.expand_group_norm import ExpandGroupNorm
 from qdexport.passes.fold_adapters import FoldAdapters
 from qdexport.passes.fold_reparam import FoldReparam
@@ -23,7 +24,7 @@ from qdexport.passes.split_shortcut import SplitShortcut
 if TYPE_CHECKING:
     from qdexport.graph.runner import GraphPass
 
-__all__ = ["DEFAULT_ORDER", "default_passes"]
+__all__ = ["DEFAULT_ORDER", "FLOATING_POINT", "default_passes", "floating_point_passes"]
 
 DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
@@ -43,7 +44,21 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     LegalizeTypes,
 )
 
+# those that have something to do in a network without quantizers and timestep
+FLOATING_POINT: tuple[type[GraphPass], ...] = (
+    ExpandGroupNorm,
+    PlainAttention,
+    SequenceFirst,
+    BiasInProduct,
+    LegalizeTypes,
+)
+
 
 def default_passes() -> list[GraphPass]:
     """One instance of every pass, in order."""
     return [graph_pass() for graph_pass in DEFAULT_ORDER]
+
+
+def floating_point_passes() -> list[GraphPass]:
+    """The passes for a text encoder or a VAE, in order."""
+    return [graph_pass() for graph_pass in FLOATING_POINT]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
+from benchmarks.companion_scale import COMPANIONS, CompanionJob, run_companion, show_companions
 from benchmarks.scale import MODELS, ScaleJob, run_scale
 
 from qdexport.core.recipe import load_recipe, preset_names
@@ -27,6 +28,7 @@ Examples:
   python tools/bench_scale.py --model sd15 --recipe w8a8-timestep --json
   python tools/bench_scale.py --model sdxl --out out/sdxl         keep the files (16 GB of disk)
   python tools/bench_scale.py --model sd15 --set shapes.batch=4
+  python tools/bench_scale.py --model sd15-vae --model sd15-text --parity
   python tools/bench_scale.py --model tiny_sd --recipe all --parity
   python tools/bench_scale.py --model sd15 --recipe mixdq-w4a8 --parity --set shapes.height=16 --set shapes.width=16
 """
@@ -39,10 +41,10 @@ _TOO_LARGE = ("sdxl",)
     "--model",
     "models",
     multiple=True,
-    type=click.Choice(list(MODELS)),
+    type=click.Choice([*MODELS, *COMPANIONS]),
     default=("unet50m", "sd15"),
     show_default=True,
-    help="Size of UNet; repeatable.",
+    help="Size of UNet, or a VAE decoder or text encoder in floating point; repeatable.",
 )
 @click.option(
     "--recipe",
@@ -101,9 +103,25 @@ def cli(  # noqa: PLR0913  one argument per option
     overrides = _overrides(assignments) | ({"allow_re_rounding": True} if allow_re_rounding else {})
     chosen = [load_recipe(name, overrides) for name in dict.fromkeys(names)]
     progress = Progress(quiet=as_json)
+    unets = [model for model in dict.fromkeys(models) if model in MODELS]
     results = []
     with _work_folder(out) as folder:
-        for recipe, model in itertools.product(chosen, dict.fromkeys(models)):
+        beside = [
+            run_companion(
+                CompanionJob(
+                    model=model,
+                    shapes=chosen[0].shapes,
+                    target=target_named("tensorrt-rtx"),
+                    capabilities=capabilities,
+                    parity=parity,
+                    folder=folder,
+                ),
+                progress,
+            )
+            for model in dict.fromkeys(models)
+            if model in COMPANIONS
+        ]
+        for recipe, model in itertools.product(chosen, unets):
             job = ScaleJob(
                 model=model,
                 recipe=recipe,
@@ -117,22 +135,30 @@ def cli(  # noqa: PLR0913  one argument per option
                 naive_baseline=naive_baseline,
             )
             results.append(run_scale(job, progress))
+    everything = [*results, *beside]
     if as_json:
-        click.echo(json.dumps(results[0] if len(results) == 1 else {"models": results}, indent=2))
+        click.echo(json.dumps(everything[0] if len(everything) == 1 else {"models": everything}, indent=2))
     else:
+        if beside:
+            show_companions(beside)
         for _, group in itertools.groupby(results, key=lambda result: result["recipe"]):
             _show(list(group))
-    _refuse_problems(results)
+    _refuse_problems(everything)
 
 
 def _refuse_problems(results: Sequence[dict[str, Any]]) -> None:
     problems = [
         f"{result['model']} {result['recipe']}: {problem}"
         for result in results
-        for problem in [*result["mismatches"], *(result["parity"] or {}).get("problems", [])]
+        for problem in [*result["mismatches"], *_parity_problems(result["parity"] or {})]
     ]
     if problems:
         raise ParityError("\n".join([f"{len(problems)} problems with what was compiled:", *problems]))
+
+
+def _parity_problems(parity: dict[str, Any]) -> list[str]:
+    found: list[str] = parity.get("problems", parity.get("reasons", []))
+    return found
 
 
 @contextlib.contextmanager

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["audit"]
+from qdexport.build.plan import COMPUTE_KINDS, compute_precision, is_fused_attention
+from qdexport.core.results import Plan
+
+__all__ = ["audit", "floating_mismatches"]
 
 _NARROW = frozenset({"int8", "int4", "fp8", "nvfp4"})
 _FOLDED = frozenset({"folded", "missing"})
@@ -34,6 +37,36 @@ def audit(planned: Mapping[str, str], onnx: Mapping[str, str], engine: Mapping[s
         sentence = f"{layer}: planned {plan}, {in_onnx} in the ONNX file"
         mismatches.append(sentence if in_engine is None else f"{sentence}, {in_engine} in the engine")
     return mismatches
+
+
+def floating_mismatches(
+    body: str, onnx: Mapping[str, str], engine: Mapping[str, str] | None, plan: Plan | None
+) -> list[str]:
+    """Finds what does not compute in the type of a floating-point network.
+
+    Args:
+        body: ``fp16`` or ``fp32``.
+        onnx: type of the weight of each layer in the ONNX file.
+        engine: compute type of each layer in the kernel plan; ``missing`` for one that became part of something else
+            (a constant), which is no mismatch.
+        plan: the kernel plan, for products without weights (attention); None when no engine was built.
+
+    Returns:
+        One sentence per layer or kernel that differs.
+    """
+    found = [f"{layer}: planned {body}, {kind} in the ONNX file" for layer, kind in onnx.items() if kind != body]
+    found += [
+        f"{layer}: planned {body}, {kind} in the engine"
+        for layer, kind in (engine or {}).items()
+        if kind not in {body, "missing"}
+    ]
+    if plan is not None:
+        named = set(onnx)
+        for kernel in plan.kernels:
+            matrix = kernel.kind in COMPUTE_KINDS or is_fused_attention(kernel)
+            if matrix and not named & set(kernel.modules) and (kind := compute_precision(kernel)) != body:
+                found.append(f"kernel {kernel.index} {kernel.name}: planned {body}, {kind} in the engine")
+    return found
 
 
 def _fits(planned: str, found: str) -> bool:

@@ -285,7 +285,8 @@ def _nodes(metadata: str) -> list[str]:
     metadata = _PROFILE.sub("", metadata)
     # the builder puts \x1f between the parts; a log that was copied as text may have lost it
     parts = [part.removeprefix(_NODE) for part in _NODE_END.split(metadata.strip()) if part.startswith(_NODE)]
-    return list(dict.fromkeys(parts))
+    # what it made of a node it marks behind the name: "post_quant_conv/Conv]__gemm_from_conv1x1"
+    return list(dict.fromkeys(part.partition("]__")[0] for part in parts))
 
 
 def _operands(kernel: KernelFact) -> tuple[PlanTensor, ...]:

@@ -220,7 +220,8 @@ def _operations(
     if role == "product":
         weight = _weight(inputs)
         return 2.0 * prod(a.dims) / weight.dims[-2] * prod(weight.dims)
-    b = [tensor for tensor in inputs if len(tensor.dims) > 1 and prod(tensor.dims) > 1][1]
+    # queries and keys may be views of one tensor, which is listed once
+    b = [tensor for tensor in inputs if len(tensor.dims) > 1 and prod(tensor.dims) > 1][:2][-1]
     # [B, M, K] x [B, K, N] -> [B, M, N]: the product of the three is (B M N K)^2 B
     batch = prod(out.dims[:-2])
     return 2.0 * sqrt(prod(a.dims) * prod(b.dims) * prod(out.dims) / batch)

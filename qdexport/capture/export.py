@@ -23,18 +23,18 @@ from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
 from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
 from qdexport.models.denoiser_io import call_denoiser, example_inputs
+from qdexport.quant import ops as _registered  # noqa: F401  the operator that is translated below
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from qdexport.core.io_spec import IoSpec
 
-__all__ = ["Captured", "capture"]
+__all__ = ["Captured", "capture", "capture_network"]
 
 logger = logging.getLogger(__name__)
 
 OPSET = 20  # what the exporter writes natively; emit raises the number, the operators in use are unchanged in 21
-_PREFIX = "denoiser"
 _ROUNDS = 2  # a rewritten node makes others constant
 # The exporter's own optimizer also joins two Slices to a Split, for which it compares every node with all others: that
 # alone takes as long as the rest of the export. Denoisers have no such pairs.
@@ -103,10 +103,25 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
         CaptureError: torch.export or the ONNX exporter cannot express the module.
     """
     register_schema()
-    inputs = example_inputs(_traced(io), seed=0)
+    return capture_network(_NamedInputs(denoiser), "denoiser", io, example_inputs(_traced(io), seed=0))
+
+
+def capture_network(caller: nn.Module, part: str, io: IoSpec, inputs: dict[str, Tensor]) -> Captured:
+    """Exports any network on the CPU.
+
+    Args:
+        caller: takes the named inputs as one dictionary and returns the outputs in order.
+        part: name of the network inside ``caller``; nodes get module paths that begin there.
+        io: names, dtypes and shapes of inputs and outputs; ranges become dynamic dimensions.
+        inputs: an example.
+
+    Raises:
+        CaptureError: torch.export or the ONNX exporter cannot express the module.
+    """
+    network = caller.get_submodule(part)
     with _quiet(), torch.no_grad():
         try:
-            exported = torch.export.export(_NamedInputs(denoiser), (inputs,), dynamic_shapes=_dynamic_shapes(io))
+            exported = torch.export.export(caller, (inputs,), dynamic_shapes=_dynamic_shapes(io))
         except Exception as error:
             fixed = fixed_dimensions(_first_line(error), io)
             advice = (
@@ -116,7 +131,7 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
                 else ""
             )
             raise CaptureError(
-                f"torch.export cannot trace {type(denoiser).__name__}: {_first_line(error)}{advice}"
+                f"torch.export cannot trace {type(network).__name__}: {_first_line(error)}{advice}"
             ) from error
         try:
             program = torch.onnx.export(
@@ -137,8 +152,8 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
     with _quiet():
         _simplify(model)
         name_dimensions(model, io)
-    lengths = {name: len(item) for name, item in denoiser.named_modules() if isinstance(item, nn.ModuleList)}
-    name_nodes(model, _PREFIX, lengths)
+    lengths = {name: len(item) for name, item in network.named_modules() if isinstance(item, nn.ModuleList)}
+    name_nodes(model, part, lengths)
     logger.info("captured %d nodes", len(model.graph))
     return Captured(model=model, io=io)
 

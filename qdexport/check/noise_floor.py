@@ -17,8 +17,9 @@ normal noise. FP16 bodies accumulate in FP32, which their own rounding hides.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -36,7 +37,7 @@ from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.attach import QuantizedModel
 from qdexport.quant.ops import fake_quantize
 
-__all__ = ["noise_floor", "round_stochastically", "summation_noise"]
+__all__ = ["noise_floor", "round_stochastically", "rounding", "summation_noise"]
 
 _aten = torch.ops.aten
 _FAKE_QUANTIZE: Final = torch.ops.qdexport.fake_quantize.default
@@ -99,6 +100,13 @@ def noise_floor(
             if on_progress is not None:
                 on_progress(len(values), len(calls) * seeds)
     return statistics.median(values)
+
+
+@contextlib.contextmanager
+def rounding(generator: torch.Generator) -> Iterator[None]:
+    """Inside, every floating-point operator of PyTorch rounds its output stochastically to its own type."""
+    with torch.no_grad(), _Rounding(generator):
+        yield
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:

@@ -40,6 +40,7 @@ Examples:
   qdexport compile runwayml/stable-diffusion-v1-5 --recipe my.yaml --set calibration.prompts=64
   qdexport compile shapes --force build                    build again although nothing changed
   qdexport compile shapes --explain conv_in                what every compiler pass did to a layer
+  qdexport compile shapes --companions none                the denoiser alone, without text encoder and VAE
 """,
 )
 @click.argument("model")
@@ -55,7 +56,8 @@ Examples:
 def compile_(model: str, **options: Any) -> None:
     """Quantize, export, build and check MODEL: a bundled name, a diffusers folder or a hub id.
 
-    Writes an output folder with checkpoint, ONNX file, engine, images, report.html and report.json. A second run
+    The denoiser is quantized; the text encoders and the VAE's decoder are compiled beside it in FP16.
+    Writes an output folder with checkpoint, ONNX files, engines, images, report.html and report.json. A second run
     does only what changed; an interrupted one continues. Ends with code 8 when a check failed.
     """
     prepared = _options(model, options)
@@ -107,8 +109,8 @@ def _stage_command(name: str, help_text: str) -> click.Command:
     return command
 
 
-export = _stage_command("export", "Lower the checkpoint in OUT to a type-exact QDQ ONNX file.")
-build = _stage_command("build", "Compile the ONNX file in OUT to an engine, in a child process.")
+export = _stage_command("export", "Lower the checkpoint in OUT to type-exact ONNX files.")
+build = _stage_command("build", "Compile the ONNX files in OUT to engines, in child processes.")
 validate = _stage_command(
     "validate", "Check everything in OUT: parity layer by layer, noise floor, images, plan audit."
 )
@@ -126,6 +128,7 @@ def _options(model: str, options: dict[str, Any]) -> CompileOptions:
         options["body"],
         allow_re_rounding=options["allow_re_rounding"],
         opset=options["opset"],
+        companions=options["companions"],
     )
     dump = options.get("dump_passes")
     return CompileOptions(

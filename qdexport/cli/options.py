@@ -48,6 +48,11 @@ def recipe_options(function: _F) -> _F:
             help="Override a value of the recipe, for example --set calibration.prompts=8.",
         ),
         click.option(
+            "--companions",
+            metavar="auto|none|LIST",
+            help="Text encoders and VAE decoder: those that are there (auto, the default), none, or names with commas.",
+        ),
+        click.option(
             "--allow-re-rounding",
             is_flag=True,
             help="Let layers that read one tensor share a weight scale: fewer kernels, slightly other numbers.",
@@ -102,9 +107,18 @@ def folder_argument(function: _F) -> _F:
 
 
 def overrides_of(
-    assignments: tuple[str, ...], body: str | None, *, allow_re_rounding: bool = False, opset: int | None = None
+    assignments: tuple[str, ...],
+    body: str | None,
+    *,
+    allow_re_rounding: bool = False,
+    companions: str | None = None,
+    opset: int | None = None,
 ) -> dict[str, Any]:
-    """The values of ``--set`` and of the options beside it. Raises ``RecipeError`` for an assignment without ``=``."""
+    """The values of ``--set`` and of the options beside it.
+
+    Raises:
+        RecipeError: an assignment has no ``=``, or is not valid YAML.
+    """
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
@@ -120,4 +134,7 @@ def overrides_of(
         values["opset"] = opset
     if allow_re_rounding:
         values["allow_re_rounding"] = True
+    if companions is not None:
+        words = [word.strip() for word in companions.split(",")]
+        values["companions.networks"] = companions if companions in {"auto", "none"} else words
     return values

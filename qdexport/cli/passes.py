@@ -26,13 +26,15 @@ Examples:
 def passes(name: str | None, as_json: bool) -> None:
     """List the compiler's passes in the order in which they run, or explain the pass NAME.
 
+    Text encoders and VAE decoders get those for floating point only; what runs for them alone is listed last.
     exact: all numbers stay (but for the order of sums in floating point). re-rounds: numbers may change in their last
     places.
     """
     from qdexport.errors import RecipeError
-    from qdexport.passes import DEFAULT_ORDER
+    from qdexport.passes import DEFAULT_ORDER, FLOATING_POINT
 
-    documents = {item.name: python_inspect.getdoc(sys.modules[item.__module__]) or "" for item in DEFAULT_ORDER}
+    known = [*DEFAULT_ORDER, *(item for item in FLOATING_POINT if item not in DEFAULT_ORDER)]
+    documents = {item.name: python_inspect.getdoc(sys.modules[item.__module__]) or "" for item in known}
     if name is not None:
         if name not in documents:
             near = difflib.get_close_matches(name, documents, n=1)
@@ -47,7 +49,7 @@ def passes(name: str | None, as_json: bool) -> None:
             "after": list(item.runs_after),
             "what": documents[item.name].splitlines()[0],
         }
-        for item in DEFAULT_ORDER
+        for item in known
     ]
     if as_json:
         click.echo(json.dumps(rows, indent=2))

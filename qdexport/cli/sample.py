@@ -48,7 +48,11 @@ Examples:
 )
 @common
 def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, ...], **options: Any) -> None:
-    """Sample images from a model, or side by side from an output folder of `qdexport compile`."""
+    """Sample images from a model, or side by side from an output folder of `qdexport compile`.
+
+    `onnx` runs every network that was compiled in ONNX Runtime: the denoiser, and the text encoders and the VAE's
+    decoder where the folder has them.
+    """
     import json
 
     from qdexport.models.sampling import SampleRequest, prompts_for

@@ -1,4 +1,4 @@
-"""The inputs and outputs of a captured denoiser."""
+"""The inputs and outputs of a captured network: the denoiser, or one that works beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["Dim", "End", "IoSpec", "Profile", "ProfileShapes", "TensorSpec"]
 
 End = Literal["low", "best", "high"]
 ProfileShapes = dict[str, list[list[int]]]
-Role = Literal["sample", "timestep", "text", "text_pooled", "time_ids", "class_labels", "prediction"]
+Role = Literal[
+    "sample", "timestep", "text", "text_pooled", "time_ids", "class_labels", "prediction",
+    "tokens", "latents", "image",
+]  # fmt: skip
 
 
 class Dim(BaseModel):
@@ -60,7 +63,7 @@ class TensorSpec(BaseModel):
 
 
 class IoSpec(BaseModel):
-    """All inputs and outputs of a denoiser, in call order, and the optimization profiles of its dynamic dimensions.
+    """All inputs and outputs of a network, in call order, and the optimization profiles of its dynamic dimensions.
 
     Without profiles of its own, a network with dynamic dimensions has one, of their whole ranges.
     """

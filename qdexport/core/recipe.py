@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from qdexport.core.companion_facts import CompanionName
 from qdexport.core.files import digest_of
 from qdexport.core.spec import QuantSpec
 from qdexport.errors import RecipeError
@@ -20,6 +21,7 @@ __all__ = [
     "BitAllocation",
     "Calibration",
     "ChannelScale",
+    "Companions",
     "Recipe",
     "Rule",
     "ShapeProfile",
@@ -219,6 +221,17 @@ class Shapes(_Part):
         return [entry.name or str(index) for index, entry in enumerate(self.profiles)]
 
 
+class Companions(_Part):
+    """The networks beside the denoiser that are compiled with it."""
+
+    networks: Literal["auto", "none"] | tuple[CompanionName, ...] = Field(
+        default="auto", description="auto: those that the model has and qdexport compiles; of a list each must be there"
+    )
+    body: Literal["auto", "fp32", "fp16"] = Field(
+        default="auto", description="auto: fp16, and fp32 for a VAE that overflows in fp16 by its own config"
+    )
+
+
 class Validation(_Part):
     """What is sampled and compared after the build."""
 
@@ -262,6 +275,7 @@ class Recipe(_Part):
     )
     calibration: Calibration = Calibration()
     shapes: Shapes = Shapes()
+    companions: Companions = Companions()
     compute_capabilities: tuple[str, ...] | None = None
     validation: Validation = Validation()
 
@@ -275,7 +289,8 @@ class Recipe(_Part):
 
 
 _PARTS = (
-    Recipe, Rule, ChannelScale, SoftmaxQuant, StepGroups, BitAllocation, Calibration, Shapes, ShapeProfile, Validation,
+    Recipe, Rule, ChannelScale, SoftmaxQuant, StepGroups, BitAllocation, Calibration, Shapes, ShapeProfile, Companions,
+    Validation,
 )  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from qdexport.errors import ModelError
 
 __all__ = [
     "Artifact",
+    "CompanionParity",
+    "CompanionResult",
     "Coverage",
     "EndToEnd",
     "EngineFacts",
@@ -27,10 +29,15 @@ __all__ = [
     "Report",
     "ShapeParity",
     "StageFacts",
+    "WholePipeline",
 ]
 
 _T = TypeVar("_T", bound=BaseModel)
-ArtifactKind = Literal["checkpoint", "onnx", "engine", "plan", "report", "images", "golden", "plugin", "log"]
+ArtifactKind = Literal[
+    "checkpoint", "onnx", "engine", "plan", "report", "images", "golden", "plugin", "log",
+    # of the networks beside the denoiser; a kind alone still names one thing of the denoiser
+    "companion_onnx", "companion_engine", "companion_plan", "companion_golden",
+]  # fmt: skip
 
 # JSON has no infinity; identical tensors have infinite SQNR, written as 999 dB
 _INFINITE_DB = 999.0
@@ -234,6 +241,45 @@ class EngineFacts(_Record):
     profiles: list[ProfileFacts] = Field(default_factory=list)
 
 
+class CompanionParity(_Record):
+    """A network beside the denoiser: ONNX against PyTorch in FP32 on inputs of a sampling run, beside the floor."""
+
+    reference: str
+    calls: int
+    sqnr_db: Decibel
+    noise_floor_db: Decibel
+    largest_activation: float
+    verdict: Literal["pass", "fail"]
+    reasons: list[str] = Field(default_factory=list)
+
+
+class CompanionResult(_Record):
+    """A network beside the denoiser; ``layers`` counts its weighted layers by type, as planned and as read back."""
+
+    class_name: str
+    body: str
+    why_body: str
+    usage: str
+    nodes: int
+    onnx_bytes: int
+    layers: dict[str, dict[str, int]] = Field(default_factory=dict)
+    mismatches: list[str] = Field(default_factory=list)
+    engine: EngineFacts | None = None
+    parity: CompanionParity | None = None
+
+
+class WholePipeline(_Record):
+    """Images with all networks in ONNX against those with the denoiser alone in ONNX; PSNR with peak 2, medians."""
+
+    networks: list[str]
+    images: int
+    steps: int
+    psnr_db: Decibel
+    noise_floor_db: Decibel
+    verdict: Literal["pass", "fail"]
+    reasons: list[str] = Field(default_factory=list)
+
+
 class StageFacts(_Record):
     """Cost of one stage; a cached stage was found again by the digest of its inputs."""
 
@@ -255,6 +301,8 @@ class Report(_Record):
     coverage: Coverage | None = None
     parity: Parity | None = None
     engine: EngineFacts | None = None
+    companions: dict[str, CompanionResult] | None = None
+    whole_pipeline: WholePipeline | None = None
     stages: dict[str, StageFacts] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import google.protobuf.message
 import onnx_ir as ir
 
+from qdexport.core.companion_facts import COMPANION_KEY, CompanionFacts
 from qdexport.core.network_facts import METADATA_KEY, NetworkFacts
 from qdexport.errors import ModelError
 from qdexport.graph.query import COMPUTE_OPS, const_or_none
@@ -67,6 +68,9 @@ def onnx_facts(path: Path) -> dict[str, Any]:
         ]
         facts["time_table"] = "in the network" if ours.time_table is None else f"{len(ours.time_table)} timesteps"
         facts["scale_rows"] = len(ours.scale_rows) or "static"
+    if COMPANION_KEY in model.metadata_props:
+        beside = CompanionFacts.from_metadata(model.metadata_props, str(path))
+        facts |= beside.model_dump(mode="json", exclude={"io"}, exclude_none=True)
     return facts
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from qdexport.errors import ModelError
 
-__all__ = ["CONFIGS", "denoiser_class", "empty_unet", "random_unet"]
+__all__ = ["CONFIGS", "denoiser_class", "empty_unet", "fill_randomly", "random_unet"]
 
 _CROSS3: Final = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
 _CROSS3_UP: Final = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
@@ -191,8 +191,19 @@ def random_unet(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **
     Raises:
         ModelError: There is no configuration of this name.
     """
+    return fill_randomly(empty_unet(name, **changes), dtype, seed)
+
+
+def fill_randomly(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """Gives a model on the meta device the weights of :func:`random_unet`, in memory and in eval mode.
+
+    Args:
+        model: Is changed; buffers are left undefined.
+        dtype: Type of the weights.
+        seed: Chooses the block.
+    """
     # ModelMixin.to would warn about modules to keep in fp32, of which UNets have none
-    model = nn.Module.to(empty_unet(name, **changes), dtype).to_empty(device="cpu")
+    model = nn.Module.to(model, dtype).to_empty(device="cpu")
     block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(seed)).to(dtype)
     offset = 0
     with torch.no_grad():

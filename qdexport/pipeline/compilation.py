@@ -15,11 +15,13 @@ from qdexport.core.files import atomic_path, digest_of, tree_sha256
 from qdexport.core.pass_log import PASS_LOG_FILE
 from qdexport.core.results import Manifest, Report
 from qdexport.errors import RecipeError
+from qdexport.models.companions import find_companions
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.load import load_model
 from qdexport.models.source import resolve_source
 from qdexport.passes import default_passes
 from qdexport.passes.loading import load_pass, with_passes
+from qdexport.pipeline.companions import CompanionStages
 from qdexport.pipeline.lower import lower_to_onnx, network_facts
 from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
@@ -151,6 +153,7 @@ class Compilation:
 
         def work() -> list[Made]:
             loaded = load_model(options.model, variant=options.variant)
+            find_companions(loaded, recipe.companions)  # what is not there is better known now
             self._model = make_quantized(loaded, recipe, self._settings(loaded), self.progress)
             network_facts(self._model, options.target)  # a schedule that is missing is better known now
             save_quantized(self._model, checkpoint, with_weights=options.copy_weights)
@@ -168,7 +171,7 @@ class Compilation:
                 shutil.copyfile(found, partial)
 
     def export(self) -> None:
-        """Lowers the fake-quant model and writes ``onnx/``."""
+        """Lowers the fake-quant model and writes ``onnx/``, and the same for the networks beside the denoiser."""
         folder = self.workspace.root / "onnx"
         inputs = {
             "checkpoint": self.workspace.digest("checkpoint"),
@@ -187,9 +190,10 @@ class Compilation:
 
         with self.progress.stage("export"):
             self.workspace.run_stage("export", inputs, work, force="export" in self.options.force)
+        self.companions.export()
 
     def build(self) -> None:
-        """Compiles the ONNX file and writes ``engine/``."""
+        """Compiles the ONNX file and writes ``engine/``, and the same for the networks beside the denoiser."""
         folder, recipe = self.workspace.root / "engine", self.options.recipe
         capabilities = checked_capabilities(self.options.target, recipe.compute_capabilities)
         inputs = {
@@ -214,6 +218,7 @@ class Compilation:
 
         with self.progress.stage("build"):
             self.workspace.run_stage("build", inputs, work, force="build" in self.options.force)
+        self.companions.build()
 
     def validate(self) -> None:
         """Compares every artefact with what was planned; writes ``images/`` and ``golden/``."""
@@ -232,11 +237,23 @@ class Compilation:
                 lambda: validate(self.model, self.workspace, self.progress),
                 force="validate" in self.options.force,
             )
+        self.companions.validate()
 
     def report(self) -> None:
         """Writes ``report.html`` from what is known, and saves report and manifest."""
         with self.progress.stage("report"):
             write_report(self.model, self.workspace)
+
+    @property
+    def companions(self) -> CompanionStages:
+        """The stages of the networks beside the denoiser."""
+        return CompanionStages(
+            workspace=self.workspace,
+            model=lambda: self.model,
+            target=self.options.target,
+            force=self.options.force,
+            progress=self.progress,
+        )
 
     @property
     def model(self) -> QuantizedModel:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from qdexport.check.companions import OnnxCompanion
 from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.files import atomic_path
 from qdexport.core.results import Manifest
-from qdexport.emit.facts import read_network_facts
+from qdexport.emit.facts import read_companion_facts, read_network_facts
 from qdexport.errors import ModelError
 from qdexport.models.load import load_model
 from qdexport.models.sampling import sample, schedule
+from qdexport.models.stand_ins import in_place_of_parts
 from qdexport.quant.checkpoint import load_quantized
 from qdexport.report.pictures import image_grid, to_uint8
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from qdexport.core.companion_facts import CompanionFacts
     from qdexport.core.network_facts import NetworkFacts
     from qdexport.models.loaded import LoadedModel
     from qdexport.models.sampling import SampleRequest
@@ -39,12 +42,14 @@ class Denoisers:
         by_kind: denoisers that stand in for the pipeline's own; ``fp`` is None, its own.
         steps: sampler steps that the recipe was calibrated with; None for the model's own.
         facts: what the compiled network says about itself.
+        companions: the other compiled networks, with what they say about themselves; ``onnx`` samples with them, too.
     """
 
     loaded: LoadedModel
     by_kind: Mapping[str, Any]
     steps: int | None
     facts: NetworkFacts | None = None
+    companions: Mapping[str, tuple[CompanionFacts, OnnxCompanion]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -59,6 +64,9 @@ class Denoisers:
         """
         if kind == "onnx" and self.facts is not None:
             self.facts.check_timesteps(schedule(self.loaded, request.steps))
+        if kind == "onnx" and self.companions:
+            with in_place_of_parts(self.loaded.pipeline, self.companions):
+                return sample(self.loaded, request, denoiser=self.by_kind[kind])
         return sample(self.loaded, request, denoiser=self.by_kind[kind])
 
 
@@ -78,20 +86,32 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
         return Denoisers(loaded=load_model(source), by_kind={"fp": None}, steps=None)
     quantized = load_quantized(folder / "checkpoint")
     available: dict[str, Any] = {"fp": None, "quantized": quantized.denoiser}
-    file = Manifest.load(folder / "manifest.json").artifact("onnx")
+    manifest = Manifest.load(folder / "manifest.json")
+    file = manifest.artifact("onnx")
     wanted = kinds or ("quantized", *(("onnx",) if file else ()))
-    facts = None
+    facts, companions = None, {}
     if "onnx" in wanted:
         if file is None:
             raise ModelError(f"{folder} holds no ONNX file; run `qdexport export {folder}`")
         facts = read_network_facts(folder / file.path)
         available["onnx"] = OnnxDenoiser(folder / file.path, facts.io, quantized.loaded.denoiser)
+        companions = _open_companions(folder, manifest)
     return Denoisers(
         loaded=quantized.loaded,
         by_kind={kind: available[kind] for kind in wanted},
         steps=quantized.recipe.calibration.steps,
         facts=facts,
+        companions=companions,
     )
+
+
+def _open_companions(folder: Path, manifest: Manifest) -> dict[str, tuple[CompanionFacts, OnnxCompanion]]:
+    found = {}
+    for item in manifest.artifacts:
+        if item.kind == "companion_onnx" and item.path.endswith(".onnx"):
+            facts = read_companion_facts(folder / item.path)
+            found[str(facts.network)] = (facts, OnnxCompanion(folder / item.path, facts))
+    return found
 
 
 def save_image(path: Path, image: np.ndarray) -> None:

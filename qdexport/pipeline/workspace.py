@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import filelock
 
 from qdexport import __version__
+from qdexport.core.companion_facts import COMPANION_NAMES
 from qdexport.core.files import tree_sha256
 from qdexport.core.results import Artifact, ArtifactKind, Manifest, Report, StageFacts
 from qdexport.errors import ModelError, OutputError
@@ -82,6 +83,9 @@ class Workspace:
         """Whether a stage's artifacts and results are there, were made from these inputs, and are unchanged."""
         if any(getattr(self.report, section) is None for section in _SECTIONS.get(stage, ())):
             return False
+        network = stage.partition(":")[2]
+        if network and not self._knows(stage, network):
+            return False
         made = [item for item in self.manifest.artifacts if item.stage == stage]
         return bool(made) and all(
             item.inputs == dict(inputs)
@@ -89,6 +93,17 @@ class Workspace:
             and tree_sha256(path) == item.sha256
             for item in made
         )
+
+    def _knows(self, stage: str, network: str) -> bool:
+        """Whether the report has what a stage of the networks beside the denoiser found."""
+        known = self.report.companions or {}
+        if stage == "validate:companions":
+            return self.report.whole_pipeline is not None and all(item.parity is not None for item in known.values())
+        return network in known and (stage.startswith("export:") or known[network].engine is not None)
+
+    def drop(self, prefix: str) -> None:
+        """Strikes the artifacts below a folder from the manifest."""
+        self.manifest.artifacts = [item for item in self.manifest.artifacts if not item.path.startswith(prefix)]
 
     def run_stage(
         self, stage: str, inputs: Mapping[str, str], work: Callable[[], Sequence[Made]], *, force: bool = False
@@ -156,7 +171,11 @@ def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest
             old = Report.load(root / REPORT_FILE)
             report = report.model_copy(
                 update={
-                    name: getattr(old, name) for name in ("quality", "coverage", "parity", "engine", "stages", "notes")
+                    name: getattr(old, name)
+                    for name in (
+                        "body", "quality", "coverage", "parity", "engine",
+                        "companions", "whole_pipeline", "stages", "notes",
+                    )
                 }
             )
     return manifest, report
@@ -164,7 +183,7 @@ def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest
 
 def _refuse_foreign(root: Path) -> None:
     foreign = [item.name for item in root.iterdir() if not item.name.startswith(".")]
-    ours = {"checkpoint", "onnx", "engine", "images", "golden", REPORT_FILE, "report.html"}
+    ours = {"checkpoint", "onnx", "engine", "images", "golden", REPORT_FILE, "report.html", *COMPANION_NAMES}
     unknown = sorted(set(foreign) - ours)
     if unknown:
         raise OutputError(

@@ -117,7 +117,7 @@ def problems(report: Report) -> list[str]:
             found.append(
                 f"parity was not measured on {len(missed)} quantized layers: {', '.join(missed[:3])}"
             )
-    return found
+    return found + _companion_problems(report)
 
 
 def agrees(planned: str, found: str) -> bool:
@@ -239,6 +239,17 @@ def _unnamed_mismatches(coverage: Coverage) -> list[str]:
         found.append(
             f"{planned - engine} of {planned} layers are not in the planned type in the compiled plan"
         )
+    return found
+
+
+def _companion_problems(report: Report) -> list[str]:
+    found: list[str] = []
+    for name, result in (report.companions or {}).items():
+        found.extend(f"{name}: {item}" for item in result.mismatches)
+        if result.parity is not None and result.parity.verdict == "fail":
+            found.extend(result.parity.reasons or [f"{name}: the parity check failed"])
+    if report.whole_pipeline is not None and report.whole_pipeline.verdict == "fail":
+        found.extend(report.whole_pipeline.reasons or ["the images of the whole pipeline differ"])
     return found
 
 

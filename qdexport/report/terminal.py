@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from qdexport.core.results import Coverage, EngineFacts, Parity, ProfileFacts, Quality, Report, StageFacts
+    from qdexport.core.results import (
+        CompanionResult,
+        Coverage,
+        EngineFacts,
+        Parity,
+        ProfileFacts,
+        Quality,
+        Report,
+        StageFacts,
+        WholePipeline,
+    )
 
 __all__ = ["summary"]
 
@@ -65,6 +75,9 @@ def _lines(report: Report) -> list[tuple[str, Text]]:
     if report.engine is not None:
         lines.append(("engine", _engine(report.engine)))
         lines.extend(("", _profile(profile)) for profile in report.engine.profiles)
+    lines.extend((name, _companion(result)) for name, result in (report.companions or {}).items())
+    if report.whole_pipeline is not None:
+        lines.append(("pipeline", _whole(report.whole_pipeline)))
     if report.stages:
         lines.append(("time", _times(report.stages)))
     if report.engine is not None and report.target == "tensorrt-rtx":
@@ -163,6 +176,30 @@ def _profile(profile: ProfileFacts) -> Text:
 
 def _cross(shape: list[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def _companion(result: CompanionResult) -> Text:
+    """One line for a network beside the denoiser."""
+    text = Text(f"{result.class_name} in {result.body}: ")
+    if result.engine is not None:
+        text.append(f"{result.engine.kernels} kernels, {facts.size(result.engine.bytes)}")
+    else:
+        text.append(f"{result.nodes} nodes, {facts.size(result.onnx_bytes)}")
+    if result.parity is not None:
+        good = result.parity.verdict == "pass"
+        text.append("; ")
+        text.append(facts.decibel(result.parity.sqnr_db), style="bold" if good else "bold red")
+        text.append(f" (rounding alone {facts.decibel(result.parity.noise_floor_db)})")
+    return text
+
+
+def _whole(whole: WholePipeline) -> Text:
+    """One line for images of all networks."""
+    return Text.assemble(
+        f"{whole.images} images with {', '.join(whole.networks)} in ONNX: ",
+        (facts.decibel(whole.psnr_db), "bold" if whole.verdict == "pass" else "bold red"),
+        f" (rounding alone {facts.decibel(whole.noise_floor_db)})",
+    )
 
 
 def _times(stages: dict[str, StageFacts]) -> Text:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from qdexport.build.audit import audit
+from qdexport.build.audit import audit, floating_mismatches
+from qdexport.core.results import KernelFact, Plan
 
 
 def test_agreement():
@@ -43,3 +44,21 @@ def test_a_folded_layer_must_be_gone():
 def test_a_floating_point_layer_must_not_become_narrow():
     assert audit({"a": "fp16"}, {"a": "fp32"}, {"a": "fp32"}) == []
     assert audit({"a": "fp16"}, {"a": "int8"}, None) == ["a: planned fp16, int8 in the ONNX file"]
+
+
+def test_floating_point_networks():
+    """What became part of something else is no mismatch; a stray type is, and so is attention in another one."""
+    product = KernelFact(
+        index=3, name="_gemm_mha_v2_myl0_3", kind="kgen", inputs=["fp32[1,4] q", "fp32[1,4] k"],
+        outputs=["fp32[1,4] y"], modules=["layers.0.attn"],
+    )  # fmt: skip
+    plan = Plan(target="tensorrt-rtx", kernels=[product])
+    onnx = {"a": "fp16", "b": "fp32", "c": "fp16"}
+    assert floating_mismatches("fp16", onnx, {"a": "fp16", "b": "fp32", "c": "missing"}, plan) == [
+        "b: planned fp16, fp32 in the ONNX file",
+        "b: planned fp16, fp32 in the engine",
+        "kernel 3 _gemm_mha_v2_myl0_3: planned fp16, fp32 in the engine",
+    ]
+    assert floating_mismatches("fp16", {"a": "fp16"}, None, None) == []
+    layer = product.model_copy(update={"modules": ["a"]})  # a kernel of a layer is judged with its layer
+    assert floating_mismatches("fp16", {"a": "fp16"}, {"a": "fp16"}, plan.model_copy(update={"kernels": [layer]})) == []

@@ -125,3 +125,10 @@ def test_advice_names_what_takes_the_time():
     assert "(first: ff.proj)" in advice[0]
     assert "int4_storage: never" in advice[1]
     assert plan_advice(cost_of(CONV)) == []
+
+
+def test_queries_and_keys_that_are_views_of_one_tensor():
+    """A VAE's attention: one product made q, k and v, and the next one reads two parts of it."""
+    scores = kernel(0, "gemm", ["fp16[1,32,8] qkv", "fp16[1,8,32] qkv", "const fp32[1] a"], ["fp16[1,32,32] y"])
+    (cost,) = cost_of(scores).kernels
+    assert cost.operations == 2 * 32 * 32 * 8

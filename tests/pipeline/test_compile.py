@@ -60,6 +60,7 @@ def test_a_second_run_finds_every_stage_again(compiled, qdexport, tiny_folder):
     result = qdexport("compile", tiny_folder, "--recipe", "w8a8-timestep", "--out", compiled, "--json", *SMALL)
     assert result.exit_code == 0, result.output
     stages = json.loads(result.stdout)["stages"]
+    assert json.loads(result.stdout)["body"] == "fp32"  # decides by which limits the report is judged
     assert {name: stage["cached"] for name, stage in stages.items()} == dict.fromkeys(stages, True)
     assert tree_sha256(compiled / "engine") == before
 
