@@ -36,9 +36,9 @@ class _Trace:
     """The latents that a denoiser saw, step by step, of a few rows of the first batch."""
 
     latents: dict[int, np.ndarray] = field(default_factory=dict)
-    timesteps: dict[int, int] = field(default_factory=dict)
+    timesteps: dict[int, float] = field(default_factory=dict)
 
-    def __call__(self, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def __call__(self, step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         if step not in self.latents:
             self.latents[step] = inputs["sample"][:_TRACED_ROWS].float().numpy().copy()
             self.timesteps[step] = timestep

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Dim", "IoSpec", "TensorSpec"]
+__all__ = ["SHARED_ROLES", "Dim", "IoSpec", "TensorSpec"]
 
-Role = Literal["sample", "timestep", "text", "text_pooled", "time_ids", "class_labels", "prediction"]
+Role = Literal[
+    "sample",
+    "timestep",
+    "text",
+    "text_mask",
+    "text_pooled",
+    "time_ids",
+    "image_size",
+    "class_labels",
+    "guidance",
+    "position_ids",
+    "residual",
+    "prediction",
+]
+# inputs without a row per sample: the whole call shares them
+SHARED_ROLES: Final[frozenset[Role]] = frozenset({"timestep", "position_ids"})
 
 
 class Dim(BaseModel):

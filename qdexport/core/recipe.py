@@ -191,6 +191,9 @@ class Shapes(_Part):
         default=None, description="latent; default: the model's"
     )
     tokens: int | None = Field(default=None, ge=1, description="text length; default: the tokenizer's")
+    controlnet: bool = Field(
+        default=False, description="inputs for the residuals of a ControlNet: down_block_res_0 and on, mid_block_res"
+    )
 
 
 class Validation(_Part):

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from qdexport.errors import ModelError
-from qdexport.models.denoiser_io import check_denoiser, denoiser_class, latent_size
+from qdexport.models.denoiser_classes import TRANSFORMERS, UNETS, check_denoiser, denoiser_class, family_of
+from qdexport.models.denoiser_io import latent_size
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.loaded import LoadedModel, SamplingDefaults, WeightsDtype
 from qdexport.models.source import UNUSED_COMPONENTS, resolve_source
@@ -69,7 +70,7 @@ def load_model(
     dtype = _dtype(torch_dtype)
     if not (folder / "model_index.json").is_file():
         denoiser, stored = _load_denoiser(folder, variant, dtype)
-        loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component="unet")
+        loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component=_usual_name(denoiser))
         return replace(loaded, stored_dtype=stored, variant=variant)
     index = read_json(folder / "model_index.json")
     component = _denoiser_component(folder, index)
@@ -91,7 +92,12 @@ def loaded_from_denoiser(denoiser: nn.Module, *, name: str) -> LoadedModel:
     Raises:
         ModelError: It is not of a supported class, or its weights are not of a supported type.
     """
-    return _loaded(name=name, folder=None, pipeline=None, denoiser=denoiser.eval(), component="unet")
+    component = _usual_name(denoiser)
+    return _loaded(name=name, folder=None, pipeline=None, denoiser=denoiser.eval(), component=component)
+
+
+def _usual_name(denoiser: nn.Module) -> str:
+    return "transformer" if family_of(denoiser) in TRANSFORMERS else "unet"
 
 
 def _loaded(
@@ -146,13 +152,13 @@ def _denoiser_component(folder: Path, index: dict[str, Any]) -> str:
             f"{index.get('_class_name')!r}); pipelines that bring their own code are not run"
         )
     for part, (library, class_name) in components.items():
-        if library == "diffusers" and class_name in ("UNet2DConditionModel", "UNet2DModel"):
+        if library == "diffusers" and class_name in (*UNETS, *TRANSFORMERS):
             return part
     for part in ("unet", "transformer", "prior"):
         if part in components:
             denoiser_class(components[part][1])
     raise ModelError(
-        f"{folder} ({index['_class_name']}) has no UNet2DConditionModel or UNet2DModel; its components are "
+        f"{folder} ({index['_class_name']}) has none of {', '.join((*UNETS, *TRANSFORMERS))}; its components are "
         f"{', '.join(components) or 'not listed'}"
     )
 

@@ -26,6 +26,7 @@ from qdexport.errors import ModelError
 from qdexport.models import shapes
 from qdexport.models.denoiser_io import named_inputs
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
+from qdexport.models.schedules import scheduler_timesteps
 
 __all__ = [
     "DenoiserCall",
@@ -41,7 +42,7 @@ __all__ = [
     "schedule",
 ]
 
-OnCall = Callable[[int, int, dict[str, Tensor]], None]
+OnCall = Callable[[int, float, dict[str, Tensor]], None]
 OnProgress = Callable[[int, int], None]
 
 
@@ -85,7 +86,7 @@ class DenoiserCall:
     """
 
     step: int
-    timestep: int
+    timestep: float
     inputs: dict[str, Tensor]
     batch: int
 
@@ -123,14 +124,14 @@ def schedule(loaded: LoadedModel, steps: int | None = None) -> list[int | float]
     Raises:
         ModelError: The model has no scheduler, or the scheduler refuses the number of steps.
     """
-    timesteps = _timesteps(loaded, steps)
+    timesteps = scheduler_timesteps(loaded, steps)
     return [step for number, step in enumerate(timesteps) if number == 0 or step != timesteps[number - 1]]
 
 
 def call_count(loaded: LoadedModel, request: SampleRequest) -> int:
     """How many denoiser calls a request takes, batches and second calls of higher-order samplers included."""
     batches = -(-len(request.prompts) // request.batch_size)
-    return batches * len(_timesteps(loaded, request.steps))
+    return batches * len(scheduler_timesteps(loaded, request.steps))
 
 
 def sample(
@@ -159,7 +160,7 @@ def sample(
         ModelError: There is no pipeline, or it makes something else than images from prompts or noise.
     """
 
-    def without_batch(batch: int, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def without_batch(batch: int, step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         if on_call is not None:
             on_call(step, timestep, inputs)
 
@@ -180,7 +181,7 @@ def record_calls(
     """
     calls: list[DenoiserCall] = []
 
-    def keep(batch: int, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def keep(batch: int, step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         inputs = {**inputs, "sample": inputs["sample"].clone()}
         calls.append(DenoiserCall(step=step, timestep=timestep, inputs=inputs, batch=batch))
 
@@ -209,7 +210,7 @@ def prompts_for(loaded: LoadedModel, count: int, seed: int) -> list[str]:
     return prompts[:count]
 
 
-_OnBatchCall = Callable[[int, int, int, dict[str, Tensor]], None]
+_OnBatchCall = Callable[[int, int, float, dict[str, Tensor]], None]
 
 
 class _Tap(nn.Module):
@@ -222,7 +223,7 @@ class _Tap(nn.Module):
         super().__init__()
         # not as submodules: to() or save_pretrained() must not reach them through the tap
         self.__dict__.update(_own=own, _target=target, _before=before, _after=after)
-        self._step, self._timestep = -1, -1
+        self._step, self._timestep = -1, -1.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_own"], name)
@@ -230,7 +231,7 @@ class _Tap(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._before is not None:
             inputs = named_inputs(self._own, args, kwargs)
-            timestep = int(inputs["timestep"])
+            timestep = inputs["timestep"].item()
             if self._step < 0 or timestep != self._timestep:
                 self._step, self._timestep = self._step + 1, timestep
             self._before(self._step, timestep, inputs)
@@ -341,19 +342,6 @@ def _parameters(loaded: LoadedModel) -> Mapping[str, inspect.Parameter]:
 
 def _takes_prompts(loaded: LoadedModel) -> bool:
     return "encoder_hidden_states" in inspect.signature(type(loaded.denoiser).forward).parameters
-
-
-def _timesteps(loaded: LoadedModel, steps: int | None) -> list[int | float]:
-    if loaded.scheduler is None:
-        raise ModelError(f"{loaded.name} has no scheduler; give the whole pipeline's folder")
-    # a copy: set_timesteps changes the scheduler that a pipeline may be using
-    scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
-    count = steps or loaded.defaults.steps
-    try:
-        scheduler.set_timesteps(count)
-    except ValueError as error:
-        raise ModelError(f"{type(scheduler).__name__} cannot sample in {count} steps: {error}") from error
-    return [int(step) if float(step).is_integer() else float(step) for step in scheduler.timesteps.tolist()]
 
 
 def _to_array(images: Any) -> NDArray[np.float32]:
