@@ -15,6 +15,7 @@ precision (:mod:`qdexport.core.timesteps`): ``d = |rows - t| - reach, row = ArgM
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -77,7 +78,7 @@ def _check_range(context: PassContext, timestep: ir.Value) -> None:
             raise GraphPassError(f"timestep {step} is outside 0..{last}; use the model's own schedule")
         if not fractions and not float(step).is_integer():
             raise GraphPassError(f"timestep {step} is a fraction, and the network's timestep is an integer")
-    for low, high in zip(steps, steps[1:], strict=False):
+    for low, high in pairwise(steps):
         if fractions and high - low <= reach_of(low) + reach_of(high):
             raise GraphPassError(
                 f"timesteps {low} and {high} are too near to be told apart once a pipeline has rounded them; "
@@ -108,7 +109,8 @@ def _keep_one_row(model: ir.Model, timestep: ir.Value) -> None:
         data = [value for value in node.inputs if value is not None and const_or_none(value) is None]
         if node.op_type == "Reshape" and data[0] in alone:
             dims = list(shape_of(node.outputs[0]))[1:]
-            if len(dims) > 1 and all(isinstance(dim, int) for dim in dims):
+            for_batch = shape_of(node.outputs[0])[0] != 1
+            if for_batch and len(dims) > 1 and all(isinstance(dim, int) for dim in dims):
                 target = np.array([1, *(int(str(dim)) for dim in dims)], np.int64)
                 node.replace_input_with(1, NodeWriter(node).constant("one_row", target))
                 node.outputs[0].shape = ir.Shape([1, *dims])
@@ -227,7 +229,8 @@ def _row(writer: NodeWriter, timestep: ir.Value, context: PassContext) -> ir.Val
         column = writer.op("Reshape", [timestep, target], dtype=ir.DataType.FLOAT, shape=[count, 1])
     options: dict[str, Any] = {"dtype": ir.DataType.FLOAT, "shape": shape}
     distance = writer.op("Sub", [writer.constant("timesteps", rows[None]), column], **options)
-    beyond = writer.op("Sub", [writer.op("Abs", [distance], **options), writer.constant("reach", reach[None])], **options)
+    size = writer.op("Abs", [distance], **options)
+    beyond = writer.op("Sub", [size, writer.constant("reach", reach[None])], **options)
     nearest = writer.op("ArgMin", [beyond], {"axis": 1, "keepdims": 0}, dtype=ir.DataType.INT64, shape=[count])
     axes = writer.constant("axes", np.array([1], np.int64))
     least = writer.op("ReduceMin", [beyond, axes], {"keepdims": 0}, dtype=ir.DataType.FLOAT, shape=[count])

@@ -156,7 +156,7 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _drop_idle_squeezes(model: ir.Model) -> None:
-    """Removes Squeeze of an axis longer than 1: nothing in PyTorch, which the exporter writes down, an error in ONNX."""
+    """Removes Squeeze of an axis longer than 1: it does nothing in PyTorch, and is an error in ONNX."""
     for node in list(model.graph):
         if node.op_type != "Squeeze" or len(node.inputs) != 2:
             continue

@@ -13,6 +13,7 @@ from qdexport.check.exact import exact_call
 from qdexport.core.io_spec import SHARED_ROLES, IoSpec, TensorSpec
 from qdexport.errors import ParityError
 from qdexport.models.denoiser import example_inputs
+from qdexport.models.denoiser_calls import MID_RESIDUAL
 from qdexport.models.sampling import (
     DenoiserCall,
     NamedDenoiser,
@@ -71,7 +72,7 @@ def check_calls(
         steps=model.recipe.calibration.steps,
         guidance_scale=model.recipe.calibration.guidance_scale,
         batch_size=images,
-        **_sample_size(model, shape),
+        **_sample_size(shape),
     )
     recorded = record_calls(
         model.loaded, request, denoiser=fake_quant_denoiser(model), on_progress=on_progress
@@ -96,7 +97,7 @@ def fit_inputs(inputs: Mapping[str, Tensor], io: IoSpec) -> dict[str, Tensor]:
     """One call in the exported network's dtypes, with as many rows as it takes; further rows are left out.
 
     Raises:
-        ParityError: an input of the network is missing, or the call has one that the network does not have.
+        ParityError: an input of the network is missing, or the call has residuals that the network has no input for.
     """
     part, _ = next(row_chunks(typed_inputs(inputs, io), io))
     return part
@@ -108,20 +109,20 @@ def typed_inputs(inputs: Mapping[str, Tensor], io: IoSpec) -> dict[str, Tensor]:
     A call without the residuals of a ControlNet has zeros, which is the same.
 
     Raises:
-        ParityError: an input of the network is missing, or the call has one that the network does not have.
+        ParityError: an input of the network is missing, or the call has residuals that the network has no input for.
     """
-    known = {spec.name for spec in io.inputs}
-    foreign = [name for name in inputs if name not in known]
-    if foreign:
+    if MID_RESIDUAL in inputs and all(spec.role != "residual" for spec in io.inputs):
         raise ParityError(
-            f"the call has {', '.join(foreign)}, no input of the exported network; "
-            "compile it with the options that make one (shapes.controlnet)"
+            "the call has the residuals of a ControlNet, and the exported network no inputs for them; "
+            "compile it with shapes.controlnet: true"
         )
     missing = [spec.name for spec in io.inputs if spec.name not in inputs and spec.role != "residual"]
     if missing:
         raise ParityError(f"a recorded call lacks {', '.join(missing)}; it has {', '.join(inputs)}")
     rows = inputs[io.inputs[0].name].shape[0]
-    return {spec.name: _typed(inputs[spec.name], spec) if spec.name in inputs else _zeros(spec, rows) for spec in io.inputs}
+    return {
+        spec.name: _typed(inputs[spec.name], spec) if spec.name in inputs else _zeros(spec, rows) for spec in io.inputs
+    }
 
 
 def _typed(tensor: Tensor, spec: TensorSpec) -> Tensor:
@@ -129,7 +130,7 @@ def _typed(tensor: Tensor, spec: TensorSpec) -> Tensor:
     if spec.role == "timestep" and not dtype.is_floating_point and bool((tensor != tensor.round()).any()):
         raise ParityError(
             f"the scheduler asks for timestep {tensor.item()}, and the network was exported for whole numbers; "
-            "set timestep_spacing to 'leading' or 'trailing' in scheduler_config.json, or compile it with this scheduler"
+            "set timestep_spacing to 'leading' or 'trailing' in scheduler_config.json, or compile with this scheduler"
         )
     return tensor.to(dtype)
 
@@ -167,14 +168,9 @@ def spread(items: Sequence[_T], count: int) -> list[_T]:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _sample_size(model: QuantizedModel, shape: tuple[int, ...]) -> dict[str, int]:
-    """Height and width of the sample, where its shape says them."""
-    shapes = model.recipe.shapes
-    if len(shape) == 4:
-        return {"height": shape[2], "width": shape[3]}
-    best = {name: size if isinstance(size, int) else size[len(size) // 2] for name, size in
-            (("height", shapes.height), ("width", shapes.width)) if size is not None}  # fmt: skip
-    return best
+def _sample_size(shape: tuple[int, ...]) -> dict[str, int]:
+    """Height and width of the sample; none for FLUX's tokens, whose model has the exported size as its own."""
+    return {"height": shape[2], "width": shape[3]} if len(shape) == 4 else {}
 
 
 def _timesteps(model: QuantizedModel) -> list[float]:

@@ -233,7 +233,6 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "attention_head_dim": 12,
         "num_layers": 2,
         "sample_size": 8,
-        "num_embeds_ada_norm": 10,
     },
     "tiny_pixart": {
         **_PIXART,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from torch import nn
@@ -22,6 +23,7 @@ from qdexport.errors import RecipeError
 from qdexport.models.denoiser_calls import call_denoiser, example_inputs, named_inputs
 from qdexport.models.denoiser_classes import (
     FLUX,
+    SD3,
     TRANSFORMERS,
     check_denoiser,
     config_of,
@@ -48,6 +50,7 @@ __all__ = [
     "latent_size",
     "named_inputs",
     "size_multiple",
+    "sized",
 ]
 
 _BODY_DTYPES: Final = {"fp32": "float32", "fp16": "float16"}
@@ -90,7 +93,7 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
 
     Raises:
         RecipeError: A size is not a multiple of what the downsampling needs, a range is out of order, a size is neither
-            in the recipe nor in the model's config, or `shapes.controlnet` is set for a denoiser without such residuals.
+            in the recipe nor in the model's config, or the denoiser takes no residuals (`shapes.controlnet`).
     """
     if body not in _BODY_DTYPES:
         raise RecipeError(f"no body type {body!r}; use {' or '.join(_BODY_DTYPES)}")
@@ -101,8 +104,9 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
     height, width = _sample_dims(model, denoiser, shapes)
     check_size(denoiser, height, width)
     packed = packed_tokens(denoiser, height, width)
+    rows = _image(batch, packed, height, width, config["in_channels"])
     inputs = [
-        TensorSpec(name="sample", role="sample", dtype=dtype, dims=_image(batch, packed, height, width, config["in_channels"])),
+        TensorSpec(name="sample", role="sample", dtype=dtype, dims=rows),
         TensorSpec(name="timestep", role="timestep", dtype=timestep_dtype(model), dims=(_fixed(1),)),
     ]
     tokens = None
@@ -125,6 +129,18 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
     outputs = _image(batch, packed, height, width, channels)
     prediction = TensorSpec(name="noise_pred", role="prediction", dtype=dtype, dims=outputs)
     return IoSpec(inputs=tuple(inputs), outputs=(prediction,))
+
+
+def sized(loaded: LoadedModel, shapes: Shapes) -> LoadedModel:
+    """A model whose own size is that of the recipe, so that what is calibrated and checked is what is exported.
+
+    Only where its config says none, or its schedule depends on it (SD3, FLUX).
+    """
+    denoiser, own = loaded.denoiser, latent_size(loaded.denoiser)
+    if own != (None, None) and family_of(denoiser) not in (SD3, FLUX):
+        return loaded
+    height, width = _sample_dims(loaded, denoiser, shapes)
+    return replace(loaded, defaults=replace(loaded.defaults, height=height.best, width=width.best))
 
 
 def _image(batch: Dim, packed: Dim | None, height: Dim, width: Dim, channels: int) -> tuple[Dim, ...]:

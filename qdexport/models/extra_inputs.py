@@ -1,4 +1,4 @@
-"""Inputs beside sample, timestep and text, by family: pooled text, guidance, positions, masks, residuals of a ControlNet."""
+"""Inputs beside sample, timestep and text: pooled text, guidance, positions, masks, residuals of a ControlNet."""
 
 from __future__ import annotations
 

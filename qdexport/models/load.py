@@ -16,7 +16,15 @@ import torch
 from torch import nn
 
 from qdexport.errors import ModelError
-from qdexport.models.denoiser_classes import TRANSFORMERS, UNETS, check_denoiser, denoiser_class, family_of
+from qdexport.models.denoiser_classes import (
+    FLUX,
+    TRANSFORMERS,
+    UNETS,
+    check_denoiser,
+    config_of,
+    denoiser_class,
+    family_of,
+)
 from qdexport.models.denoiser_io import latent_size
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.loaded import LoadedModel, SamplingDefaults, WeightsDtype
@@ -239,6 +247,7 @@ def _load_pipeline(
             f"({folder / 'model_index.json'}); install the diffusers that wrote it"
         )
     options = {**dict.fromkeys(UNUSED_COMPONENTS), "requires_safety_checker": False, "add_watermarker": False}
+    options |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
     accepted = inspect.signature(cls.__init__).parameters
     denoiser = next(iter(parts.values()))
     try:
@@ -260,18 +269,21 @@ def _load_pipeline(
 
 
 def _sampling_defaults(pipeline: Any | None, denoiser: nn.Module, *, has_evaluator: bool) -> SamplingDefaults:
-    reads_text = "encoder_hidden_states" in inspect.signature(type(denoiser).forward).parameters
+    known = {} if pipeline is None else inspect.signature(pipeline.__call__).parameters
+    conditional = "encoder_hidden_states" in inspect.signature(type(denoiser).forward).parameters
+    conditional = conditional or {"class_labels", "guidance_scale"} <= set(known)
+    # distilled: the guidance scale is an input, and the call is not doubled
+    embedded = family_of(denoiser) == FLUX or config_of(denoiser).get("time_cond_proj_dim") is not None
     few_steps = type(getattr(pipeline, "scheduler", None)).__name__ in _FEW_STEP_SCHEDULERS
     guidance_scale = 7.5
     if pipeline is not None:
-        own = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
+        own = known.get("guidance_scale")
         guidance_scale = 1.0 if own is None else float(own.default)
     if has_evaluator:  # the shapes models were measured at 4
         guidance_scale = 4.0
-    if few_steps or not reads_text:
+    if (few_steps and not embedded) or not conditional:
         guidance_scale = 1.0
     height, width = latent_size(denoiser)
-    steps = 4 if few_steps else 25 if reads_text else 50
-    return SamplingDefaults(
-        steps=steps, guidance_scale=guidance_scale, height=height, width=width, cfg=guidance_scale > 1
-    )
+    steps = 4 if few_steps else 25 if conditional else 50
+    cfg = guidance_scale > 1 and not embedded
+    return SamplingDefaults(steps=steps, guidance_scale=guidance_scale, height=height, width=width, cfg=cfg)

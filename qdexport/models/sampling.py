@@ -1,7 +1,8 @@
 """Runs a model's own diffusers pipeline: images, the denoiser's inputs at every step, timesteps, prompts.
 
-The noise of image i comes from `seed + i` alone, so images do not depend on the batch size (up to the
-rounding of batched kernels). Another denoiser (fake-quantized, ONNX Runtime, an engine) can stand in for
+The noise of image i, and its class where the pipeline passes none, come from `seed + i` alone, so images do not
+depend on the batch size (up to the rounding of batched kernels). Prompts of a pipeline without text encoders stand for
+random embeddings. Another denoiser (fake-quantized, ONNX Runtime, an engine) can stand in for
 the pipeline's own; it needs the same call signature only. A pipeline is not thread-safe: one sampling at a
 time.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from qdexport.errors import ModelError
 from qdexport.models import shapes
+from qdexport.models.conditions import class_labels, lacks_text_encoder, text_arguments
 from qdexport.models.denoiser_io import named_inputs
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
 from qdexport.models.schedules import scheduler_timesteps
@@ -219,16 +221,20 @@ class _Tap(nn.Module):
     Whatever else a pipeline asks of its denoiser (config, dtype, widths) comes from the denoiser it had.
     """
 
-    def __init__(self, own: nn.Module, target: Any, before: OnCall | None, after: Callable[[], None]) -> None:
+    def __init__(
+        self, own: nn.Module, target: Any, before: OnCall | None, after: Callable[[], None], labels: Tensor | None
+    ) -> None:
         super().__init__()
         # not as submodules: to() or save_pretrained() must not reach them through the tap
-        self.__dict__.update(_own=own, _target=target, _before=before, _after=after)
+        self.__dict__.update(_own=own, _target=target, _before=before, _after=after, _labels=labels)
         self._step, self._timestep = -1, -1.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_own"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._labels is not None:
+            kwargs["class_labels"] = self._labels_for(args[0] if args else kwargs["sample"])
         if self._before is not None:
             inputs = named_inputs(self._own, args, kwargs)
             timestep = inputs["timestep"].item()
@@ -238,6 +244,13 @@ class _Tap(nn.Module):
         output = self._target(*args, **kwargs)
         self._after()
         return output
+
+
+    def _labels_for(self, sample: Tensor) -> Tensor:
+        """The labels of the batch, once more for each half of a guided call."""
+        labels: Tensor = self._labels
+        labels = labels.to(sample.dtype) if labels.is_floating_point() else labels
+        return labels.repeat(sample.shape[0] // labels.shape[0], *([1] * (labels.dim() - 1)))
 
 
 def _batches(
@@ -258,7 +271,8 @@ def _batches(
     own = getattr(pipeline, loaded.component)
     target = loaded.denoiser if denoiser is None else denoiser
     for batch, start in enumerate(range(0, len(request.prompts), request.batch_size)):
-        tap = _Tap(own, target, None if before is None else partial(before, batch), after)
+        labels = _missing_labels(loaded, request, start)
+        tap = _Tap(own, target, None if before is None else partial(before, batch), after, labels)
         with _in_place_of(pipeline, loaded.component, tap):
             images = pipeline(**_arguments(loaded, request, start)).images
         yield _to_array(images)
@@ -285,12 +299,28 @@ def _arguments(loaded: LoadedModel, request: SampleRequest, start: int) -> dict[
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "output_type": "pt",
     }
+    scale = loaded.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     if "prompt" not in known:
         _refuse_other_size(loaded, request)
-        return {**arguments, "batch_size": len(prompts)}
-    scale = loaded.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        labels = class_labels(loaded.denoiser, seeds) if "class_labels" in known else None
+        if labels is None:
+            return {**arguments, "batch_size": len(prompts)}
+        return {**arguments, "class_labels": labels.tolist(), "guidance_scale": scale}
     height, width = _pixel_size(loaded, request)
-    return {**arguments, "prompt": prompts, "guidance_scale": scale, "height": height, "width": width}
+    arguments |= {"guidance_scale": scale, "height": height, "width": width}
+    arguments |= {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}  # PixArt's
+    if lacks_text_encoder(loaded):
+        guided = scale > 1 and loaded.defaults.cfg
+        return arguments | text_arguments(loaded, prompts, known, guided=guided)
+    return {**arguments, "prompt": prompts}
+
+
+def _missing_labels(loaded: LoadedModel, request: SampleRequest, start: int) -> Tensor | None:
+    """The classes of the images from `start` on, for a pipeline that passes none to a denoiser that reads them."""
+    if "class_labels" in _parameters(loaded):
+        return None
+    count = min(request.batch_size, len(request.prompts) - start)
+    return class_labels(loaded.denoiser, range(request.seed + start, request.seed + start + count))
 
 
 def _refuse_other_size(loaded: LoadedModel, request: SampleRequest) -> None:
@@ -329,10 +359,8 @@ def _pipeline(loaded: LoadedModel) -> Any:
         raise ModelError(
             f"{name} starts from a picture ({images[0]}); qdexport samples from prompts or noise only"
         )
-    if "prompt" not in known and "batch_size" not in known:
-        raise ModelError(f"{name} takes neither prompts nor a batch_size; qdexport cannot sample it")
-    if getattr(loaded.denoiser, "class_embedding", None) is not None and "class_labels" not in known:
-        raise ModelError(f"the denoiser of {loaded.name} needs class labels, which {name} does not pass")
+    if not {"prompt", "batch_size", "class_labels"} & set(known):
+        raise ModelError(f"{name} takes no prompts, no class labels and no batch_size; qdexport cannot sample it")
     return loaded.pipeline
 
 

@@ -31,7 +31,7 @@ from qdexport.quant.softmax import SoftmaxParameters, attention_names, softmax_p
 
 __all__ = ["Observations", "calibrate", "calibration_prompts", "observe", "schedule_timesteps"]
 
-# a pipeline in BF16 rounds fractional timesteps before it calls the denoiser, FLUX's twice: 2^-8 of the number each time
+# a pipeline in BF16 rounds fractional timesteps before it calls the denoiser, FLUX's twice: 2^-8 of the number each
 _ROUNDED = 2.0**-7
 
 
