@@ -24,7 +24,7 @@ from qdexport.models.sampling import (
 )
 from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["check_calls", "fake_quant_denoiser", "fit_inputs", "row_chunks", "spread", "typed_inputs"]
+__all__ = ["check_calls", "fake_quant_denoiser", "fit_inputs", "row_chunks", "sample_size", "spread", "typed_inputs"]
 
 _T = TypeVar("_T")
 
@@ -72,7 +72,7 @@ def check_calls(
         steps=model.recipe.calibration.steps,
         guidance_scale=model.recipe.calibration.guidance_scale,
         batch_size=images,
-        **_sample_size(shape),
+        **sample_size(io),
     )
     recorded = record_calls(
         model.loaded, request, denoiser=fake_quant_denoiser(model), on_progress=on_progress
@@ -168,8 +168,9 @@ def spread(items: Sequence[_T], count: int) -> list[_T]:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _sample_size(shape: tuple[int, ...]) -> dict[str, int]:
+def sample_size(io: IoSpec) -> dict[str, int]:
     """Height and width of the sample; none for FLUX's tokens, whose model has the exported size as its own."""
+    shape = io.inputs[0].shape()
     return {"height": shape[2], "width": shape[3]} if len(shape) == 4 else {}
 
 
