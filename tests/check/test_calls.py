@@ -69,12 +69,12 @@ def test_residuals_that_a_call_lacks_are_zero_and_those_that_a_network_lacks_are
     assert torch.equal(fitted["mid_block_res"], torch.zeros(2, 1, dtype=torch.float16))
     given_residual = {**call, "mid_block_res": torch.ones(2, 1)}
     assert torch.equal(fit_inputs(given_residual, _io_with_residuals())["mid_block_res"], torch.ones(2, 1).half())
-    with pytest.raises(ParityError, match="compile it with shapes.controlnet: true"):
+    with pytest.raises(ParityError, match=r"compile it with shapes\.controlnet: true"):
         fit_inputs(given_residual, io_of(2, 2))
 
 
 def test_a_fraction_is_not_cut_off() -> None:
-    with pytest.raises(ParityError, match="asks for timestep 957.5, and the network was exported for whole numbers"):
+    with pytest.raises(ParityError, match=r"asks for timestep 957\.5, and the network was exported for whole numbers"):
         fit_inputs({"sample": torch.ones(2, 1), "timestep": torch.tensor([957.5])}, io_of(2, 2))
 
 
