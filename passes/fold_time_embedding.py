@@ -7,16 +7,21 @@ Identity: a function of ``t`` alone is its table over the timesteps that occur. 
 rounded once to the body's type. Where text or a class enters the embedding (SDXL), only the part before is tabled.
 Exact up to that rounding. A timestep without a row reads NaN, so that it can never pass unnoticed; since a quantizer
 would turn that into a code like any other, a column that is 0 in every row is also added to the outputs of the network.
+
+A timestep that is a float (flow matching) finds the row whose timestep it is, up to the rounding of a pipeline in half
+precision (:mod:`qdexport.core.timesteps`): ``d = |rows - t| - reach, row = ArgMin(d)``, and NaN where ``min d > 0``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from qdexport.core.timesteps import reach_of
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import STEP_ROWS
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
@@ -51,7 +56,7 @@ class FoldTimeEmbedding:
         frontier = _frontier(model, timestep)
         if all(_is_tabled(value) for value in frontier):
             return
-        _check_range(context)
+        _check_range(context, timestep)
         table = _evaluate_rows(model, timestep, frontier, context.timesteps)
         report.touched.extend(sorted({module_of(node) for value in frontier if (node := value.producer())}))
         guard_outputs(model, _write_table(timestep, frontier, table, context), _MODULE)
@@ -64,11 +69,20 @@ def _is_tabled(value: ir.Value) -> bool:
     return producer is not None and module_of(producer) == _MODULE
 
 
-def _check_range(context: PassContext) -> None:
-    for step in context.timesteps or ():
-        if not 0 <= step < context.training_steps:
+def _check_range(context: PassContext, timestep: ir.Value) -> None:
+    fractions = timestep.dtype == ir.DataType.FLOAT
+    last = context.training_steps if fractions else context.training_steps - 1
+    steps = sorted(context.timesteps or ())
+    for step in steps:
+        if not 0 <= step <= last:
+            raise GraphPassError(f"timestep {step} is outside 0..{last}; use the model's own schedule")
+        if not fractions and not float(step).is_integer():
+            raise GraphPassError(f"timestep {step} is a fraction, and the network's timestep is an integer")
+    for low, high in pairwise(steps):
+        if fractions and high - low <= reach_of(low) + reach_of(high):
             raise GraphPassError(
-                f"timestep {step} is outside 0..{context.training_steps - 1}; use the model's own schedule"
+                f"timesteps {low} and {high} are too near to be told apart once a pipeline has rounded them; "
+                "sample in fewer steps, or say `time_embedding: keep`"
             )
 
 
@@ -85,6 +99,32 @@ def _bypass_expand(model: ir.Model, timestep: ir.Value) -> None:
         if repeats or (node.op_type == "Mul" and _is_ones(node.inputs[1 - use.idx])):
             replace_value(node.outputs[0], timestep)
     remove_unused(model)  # the shape that a bypassed Expand computed from the batch
+    _keep_one_row(model, timestep)
+
+
+def _keep_one_row(model: ir.Model, timestep: ir.Value) -> None:
+    """Lets a Reshape of something with one row give one row too, where it was written for the batch (PixArt)."""
+    alone: set[ir.Value] = {timestep}
+    for node in model.graph:
+        data = [value for value in node.inputs if value is not None and const_or_none(value) is None]
+        if node.op_type == "Reshape" and data[0] in alone:
+            dims = list(shape_of(node.outputs[0]))[1:]
+            for_batch = shape_of(node.outputs[0])[0] != 1
+            if for_batch and len(dims) > 1 and all(isinstance(dim, int) for dim in dims):
+                target = np.array([1, *(int(str(dim)) for dim in dims)], np.int64)
+                node.replace_input_with(1, NodeWriter(node).constant("one_row", target))
+                node.outputs[0].shape = ir.Shape([1, *dims])
+                data = data[:1]
+        if data and all(value in alone or _is_weight(value) for value in data):
+            alone.update(node.outputs)
+
+
+def _is_weight(value: ir.Value) -> bool:
+    """Whether a value is computed from constants alone: a weight behind its quantizer."""
+    node = value.producer()
+    return node is not None and all(
+        item is None or const_or_none(item) is not None or _is_weight(item) for item in node.inputs
+    )
 
 
 def _is_ones(value: ir.Value | None) -> bool:
@@ -139,13 +179,14 @@ def _check_broadcast(value: ir.Value, readers: Sequence[ir.Node]) -> None:
 
 
 def _evaluate_rows(
-    model: ir.Model, timestep: ir.Value, frontier: Sequence[ir.Value], steps: Sequence[int]
+    model: ir.Model, timestep: ir.Value, frontier: Sequence[ir.Value], steps: Sequence[float]
 ) -> np.ndarray:
     """The frontier's values at every timestep, flattened: FP32 ``[steps, columns]``."""
     run = evaluator(_in_float32(subgraph(model, [timestep], frontier)))
     rows = []
+    dtype = dtype_of(timestep).numpy()
     for step in steps:
-        results = run({value_name(timestep): np.array([step], np.int64)})
+        results = run({value_name(timestep): np.array([step], dtype)})
         rows.append(np.concatenate([np.asarray(results[value_name(v)], np.float32).ravel() for v in frontier]))
     return np.stack(rows)
 
@@ -172,17 +213,42 @@ def _size(dims: Sequence[int | ir.SymbolicDim]) -> int:
     return math.prod(int(str(dim)) for dim in dims)
 
 
+def _row(writer: NodeWriter, timestep: ir.Value, context: PassContext) -> ir.Value:
+    """The row of the running call, INT64 of the timestep's shape; that behind the last where there is none."""
+    steps = list(context.timesteps or ())
+    if timestep.dtype != ir.DataType.FLOAT:
+        index = np.full(context.training_steps, len(steps), np.int64)
+        index[np.array(steps)] = np.arange(len(steps))
+        return writer.op("Gather", [writer.constant("row_of_timestep", index), timestep], like=timestep)
+    count = shape_of(timestep)[0]
+    rows, reach = np.array(steps, np.float32), np.array([reach_of(step) for step in steps], np.float32)
+    shape = [count, len(steps)]
+    column = timestep
+    if count != 1:
+        target = writer.constant("column", np.array([-1, 1], np.int64))
+        column = writer.op("Reshape", [timestep, target], dtype=ir.DataType.FLOAT, shape=[count, 1])
+    options: dict[str, Any] = {"dtype": ir.DataType.FLOAT, "shape": shape}
+    distance = writer.op("Sub", [writer.constant("timesteps", rows[None]), column], **options)
+    size = writer.op("Abs", [distance], **options)
+    beyond = writer.op("Sub", [size, writer.constant("reach", reach[None])], **options)
+    nearest = writer.op("ArgMin", [beyond], {"axis": 1, "keepdims": 0}, dtype=ir.DataType.INT64, shape=[count])
+    axes = writer.constant("axes", np.array([1], np.int64))
+    least = writer.op("ReduceMin", [beyond, axes], {"keepdims": 0}, dtype=ir.DataType.FLOAT, shape=[count])
+    zero = writer.constant("zero", np.float32(0))
+    missing = writer.op("Greater", [least, zero], dtype=ir.DataType.BOOL, shape=[count])
+    none = writer.constant("no_row", np.array([len(steps)], np.int64))
+    return writer.op("Where", [missing, none, nearest], dtype=ir.DataType.INT64, shape=[count])
+
+
 def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext) -> ir.Value:
     """Lets the table make all values of the frontier; returns the column that is 0 where there is a row, else NaN."""
     first = next(node for node in frontier[0].graph or () if any(value in frontier for value in node.outputs))
     writer = NodeWriter(first, _MODULE)
     types = {dtype_of(value) for value in frontier}
     body = types.pop() if len(types) == 1 else ir.DataType.FLOAT
-    index = np.full(context.training_steps, len(table), np.int64)
-    index[np.array(context.timesteps)] = np.arange(len(table))
+    row = _row(writer, timestep, context)
     table = np.concatenate([table, np.zeros((len(table), 1), np.float32)], axis=1)
     poisoned = np.concatenate([table, np.full((1, table.shape[1]), np.nan, np.float32)]).astype(body.numpy())
-    row = writer.op("Gather", [writer.constant("row_of_timestep", index), timestep], like=timestep)
     count = shape_of(timestep)[0]
     values = writer.op("Gather", [writer.constant("rows", poisoned), row], dtype=body, shape=[count, table.shape[1]])
     shapes = [[count, *list(shape_of(value))[1:]] for value in frontier]

@@ -134,7 +134,7 @@ def _linear(node: ir.Node, context: PassContext) -> tuple[_Linear | None, str]:
         return None, ""
     if plan.bos:
         return None, "the first token of the text has a constant output in this layer"
-    if scaled_for(node) is not None:
+    if scaled_for(node):
         return None, "its output carries the channel scale of another layer"
     codes, dtype = const_or_none(input_of(weight, 0)), input_of(weight, 0).dtype
     if codes is None or dtype is None or codes.ndim != 2 or _is_transposed(node, weight):

@@ -68,6 +68,8 @@ class SequenceFirst:
             return
         seen: set[ir.Value] = set()
         for node in list(model.graph):
+            if _is_patches(node):
+                report.skipped.append(WhyNot(node.name or "", "tokens of patches stay [batch, length, width]"))
             if not _is_entry(node) or node.outputs[0] in seen:
                 continue
             try:
@@ -99,6 +101,20 @@ def _is_entry(node: ir.Node) -> bool:
         return False
     before, after = _dims(input_of(node, 0), 4), _dims(node.outputs[0], 3)
     return bool(before and after) and before[0] == after[0] != 1 and before[3] == after[2]
+
+
+def _is_patches(node: ir.Node) -> bool:
+    """A Transpose ``[N, C, L] -> [N, L, C]`` behind the Reshape of a patch embedding, of several images.
+
+    What follows (norms that are modulated per image, joins with the text's tokens) reads the batch as the first axis.
+    """
+    if node.op_type != "Transpose" or ints_attr(node, "perm") != (0, 2, 1):
+        return False
+    source = input_of(node, 0).producer()
+    if source is None or source.op_type != "Reshape":
+        return False
+    before, after = _dims(input_of(source, 0), 4), _dims(input_of(node, 0), 3)
+    return bool(before and after) and before[:2] == after[:2] and before[0] != 1
 
 
 def _region(entry: ir.Node) -> _Region:

@@ -1,4 +1,4 @@
-"""Takes UNets of real sizes with random weights through the whole compiler, and measures time and memory."""
+"""Takes denoisers of real sizes with random weights through the whole compiler, and measures time and memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ Examples:
   python tools/bench_scale.py --model sdxl --out out/sdxl         keep the files (16 GB of disk)
   python tools/bench_scale.py --model sd15 --set shapes.batch=4
   python tools/bench_scale.py --model sd15-vae --model sd15-text --parity
+  python tools/bench_scale.py --model flux-blocks --set shapes.batch=1
   python tools/bench_scale.py --model tiny_sd --recipe all --parity
   python tools/bench_scale.py --model sd15 --recipe mixdq-w4a8 --parity --set shapes.height=16 --set shapes.width=16
 """
-# its FP16 plan takes more memory to build than all else here
-_TOO_LARGE = ("sdxl",)
+# their FP16 plans take more memory to build than all else here
+_TOO_LARGE = ("sdxl", "sdxl-turbo", "sd3")
 
 
 @click.command(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,7 +45,7 @@ _TOO_LARGE = ("sdxl",)
     type=click.Choice([*MODELS, *COMPANIONS]),
     default=("unet50m", "sd15"),
     show_default=True,
-    help="Size of UNet, or a VAE decoder or text encoder in floating point; repeatable.",
+    help="Which denoiser, or a VAE decoder or text encoder in floating point; repeatable.",
 )
 @click.option(
     "--recipe",
@@ -65,13 +66,13 @@ _TOO_LARGE = ("sdxl",)
     show_default=True,
     help="Compute capability of the engine; repeatable.",
 )
-@click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Sampling steps (DDIM).")
+@click.option("--steps", default=25, show_default=True, type=click.IntRange(1), help="Sampling steps.")
 @click.option("--seed", default=0, show_default=True, help="Chooses all that is given.")
 @click.option("--parity", is_flag=True, help="Also compare every quantized layer of the ONNX file with PyTorch.")
 @click.option(
     "--fp16-baseline/--no-fp16-baseline",
     default=None,
-    help="Also build the same UNet in FP16 and count its kernels.  [default: yes, but not for sdxl]",
+    help="Also build the same denoiser in FP16 and count its kernels.  [default: yes, but not for 2 G parameters]",
 )
 @click.option("--naive-baseline", is_flag=True, help="Also build the naive portable Q/DQ form, and count its kernels.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs here.")
@@ -90,7 +91,7 @@ def cli(  # noqa: PLR0913  one argument per option
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Quantize UNets of real sizes (random weights, FP16), export and build them for TensorRT-RTX, and show what
+    """Quantize denoisers of real sizes (random weights, FP16), export and build them for TensorRT-RTX, and show what
     it takes. Activation ranges, widths of mixed precision, and what else a calibration would find are given.
 
     Exporter and builder each run in a process of their own; peak memory is that of the larger one. With

@@ -22,7 +22,9 @@ from qdexport.capture.dimensions import fixed_dimensions, name_dimensions
 from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
 from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
+from qdexport.graph.edit import replace_value
 from qdexport.models.denoiser_io import call_denoiser, example_inputs
+from qdexport.models.rotary import exportable, out_of_range
 from qdexport.quant import ops as _registered  # noqa: F401  the operator that is translated below
 
 if TYPE_CHECKING:
@@ -86,7 +88,9 @@ class _NamedInputs(nn.Module):
         self.denoiser = denoiser
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return call_denoiser(self.denoiser, inputs)
+        prediction = call_denoiser(self.denoiser, inputs)
+        guard = out_of_range(inputs)
+        return prediction if guard is None else prediction + guard.to(prediction.dtype)
 
 
 def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
@@ -103,7 +107,8 @@ def capture(denoiser: nn.Module, io: IoSpec) -> Captured:
         CaptureError: torch.export or the ONNX exporter cannot express the module.
     """
     register_schema()
-    return capture_network(_NamedInputs(denoiser), "denoiser", io, example_inputs(_traced(io), seed=0))
+    with exportable(denoiser):
+        return capture_network(_NamedInputs(denoiser), "denoiser", io, example_inputs(_traced(io), seed=0))
 
 
 def capture_network(caller: nn.Module, part: str, io: IoSpec, inputs: dict[str, Tensor]) -> Captured:
@@ -161,6 +166,7 @@ def capture_network(caller: nn.Module, part: str, io: IoSpec, inputs: dict[str, 
 def _simplify(model: ir.Model) -> None:
     """Folds constants, drops what does nothing, merges neighbours and equal expressions."""
     common_passes.InlinePass()(model)
+    _drop_idle_squeezes(model)
     for _ in range(_ROUNDS):
         fold_constants_ir(model, onnx_shape_inference=True)
         rewrite(model, _RULES)
@@ -174,6 +180,21 @@ def _simplify(model: ir.Model) -> None:
         common_passes.NameFixPass(),
     ):
         graph_pass(model)
+
+
+def _drop_idle_squeezes(model: ir.Model) -> None:
+    """Removes Squeeze of an axis longer than 1: it does nothing in PyTorch, and is an error in ONNX."""
+    for node in list(model.graph):
+        if node.op_type != "Squeeze" or len(node.inputs) != 2:
+            continue
+        data, axes = node.inputs
+        if data is None or axes is None or data.shape is None:
+            continue
+        array = ir.convenience.get_const_tensor(axes)
+        dims = [] if array is None else [data.shape[int(axis)] for axis in array.numpy().reshape(-1)]
+        if dims and all(isinstance(dim, int) and dim != 1 for dim in dims):
+            replace_value(node.outputs[0], data)
+            model.graph.remove(node, safe=True)
 
 
 def _translate(  # noqa: PLR0913  the signature of the operator

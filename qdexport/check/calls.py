@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from qdexport.check.exact import exact_call
-from qdexport.core.io_spec import IoSpec
+from qdexport.core.io_spec import SHARED_ROLES, IoSpec, TensorSpec
 from qdexport.errors import ParityError
 from qdexport.models.denoiser import example_inputs
+from qdexport.models.denoiser_calls import MID_RESIDUAL
 from qdexport.models.sampling import (
     DenoiserCall,
     NamedDenoiser,
@@ -23,7 +24,7 @@ from qdexport.models.sampling import (
 )
 from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["check_calls", "fake_quant_denoiser", "fit_inputs", "row_chunks", "spread"]
+__all__ = ["check_calls", "fake_quant_denoiser", "fit_inputs", "row_chunks", "sample_size", "spread", "typed_inputs"]
 
 _T = TypeVar("_T")
 
@@ -71,8 +72,7 @@ def check_calls(
         steps=model.recipe.calibration.steps,
         guidance_scale=model.recipe.calibration.guidance_scale,
         batch_size=images,
-        height=shape[2],
-        width=shape[3],
+        **sample_size(io),
     )
     recorded = record_calls(
         model.loaded, request, denoiser=fake_quant_denoiser(model), on_progress=on_progress
@@ -97,14 +97,46 @@ def fit_inputs(inputs: Mapping[str, Tensor], io: IoSpec) -> dict[str, Tensor]:
     """One call in the exported network's dtypes, with as many rows as it takes; further rows are left out.
 
     Raises:
-        ParityError: an input of the network is missing.
+        ParityError: an input of the network is missing, or the call has residuals that the network has no input for.
     """
-    missing = [spec.name for spec in io.inputs if spec.name not in inputs]
+    part, _ = next(row_chunks(typed_inputs(inputs, io), io))
+    return part
+
+
+def typed_inputs(inputs: Mapping[str, Tensor], io: IoSpec) -> dict[str, Tensor]:
+    """One call in the exported network's dtypes.
+
+    A call without the residuals of a ControlNet has zeros, which is the same.
+
+    Raises:
+        ParityError: an input of the network is missing, or the call has residuals that the network has no input for.
+    """
+    if MID_RESIDUAL in inputs and all(spec.role != "residual" for spec in io.inputs):
+        raise ParityError(
+            "the call has the residuals of a ControlNet, and the exported network no inputs for them; "
+            "compile it with shapes.controlnet: true"
+        )
+    missing = [spec.name for spec in io.inputs if spec.name not in inputs and spec.role != "residual"]
     if missing:
         raise ParityError(f"a recorded call lacks {', '.join(missing)}; it has {', '.join(inputs)}")
-    typed = {spec.name: inputs[spec.name].to(getattr(torch, spec.dtype)) for spec in io.inputs}
-    part, _ = next(row_chunks(typed, io))
-    return part
+    rows = inputs[io.inputs[0].name].shape[0]
+    return {
+        spec.name: _typed(inputs[spec.name], spec) if spec.name in inputs else _zeros(spec, rows) for spec in io.inputs
+    }
+
+
+def _typed(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if spec.role == "timestep" and not dtype.is_floating_point and bool((tensor != tensor.round()).any()):
+        raise ParityError(
+            f"the scheduler asks for timestep {tensor.item()}, and the network was exported for whole numbers; "
+            "set timestep_spacing to 'leading' or 'trailing' in scheduler_config.json, or compile with this scheduler"
+        )
+    return tensor.to(dtype)
+
+
+def _zeros(spec: TensorSpec, rows: int) -> Tensor:
+    return torch.zeros((rows, *spec.shape()[1:]), dtype=getattr(torch, spec.dtype))
 
 
 def row_chunks(inputs: Mapping[str, Tensor], io: IoSpec) -> Iterator[tuple[dict[str, Tensor], int]]:
@@ -119,7 +151,7 @@ def row_chunks(inputs: Mapping[str, Tensor], io: IoSpec) -> Iterator[tuple[dict[
     """
     batch = io.inputs[0].dims[0]
     rows = inputs[io.inputs[0].name].shape[0]
-    by_row = [spec.name for spec in io.inputs if spec.role != "timestep"]
+    by_row = [spec.name for spec in io.inputs if spec.role not in SHARED_ROLES]
     for start in range(0, rows, batch.high):
         count = min(batch.high, rows - start)
         padded = max(count, batch.low)
@@ -136,11 +168,17 @@ def spread(items: Sequence[_T], count: int) -> list[_T]:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _timesteps(model: QuantizedModel) -> list[int]:
-    return [int(step) for step in model.timesteps] or [999, 500, 1]
+def sample_size(io: IoSpec) -> dict[str, int]:
+    """Height and width of the sample; none for FLUX's tokens, whose model has the exported size as its own."""
+    shape = io.inputs[0].shape()
+    return {"height": shape[2], "width": shape[3]} if len(shape) == 4 else {}
 
 
-def _random_call(io: IoSpec, step: int, timestep: int, batch: int, seed: int) -> DenoiserCall:
-    inputs = example_inputs(io, 10_000 * (seed + batch) + timestep)
-    inputs["timestep"] = torch.tensor([timestep])
+def _timesteps(model: QuantizedModel) -> list[float]:
+    return list(model.timesteps) or [999, 500, 1]
+
+
+def _random_call(io: IoSpec, step: int, timestep: float, batch: int, seed: int) -> DenoiserCall:
+    inputs = example_inputs(io, 10_000 * (seed + batch) + int(timestep))
+    inputs["timestep"] = torch.tensor([timestep], dtype=inputs["timestep"].dtype)
     return DenoiserCall(step=step, timestep=timestep, inputs=inputs, batch=batch)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdexport.check.calls import row_chunks
+from qdexport.check.calls import row_chunks, typed_inputs
 from qdexport.check.session import ort_errors, reference_session
 from qdexport.core.io_spec import IoSpec
 from qdexport.errors import ParityError
@@ -53,11 +53,7 @@ class OnnxDenoiser(NamedDenoiser):
         return torch.device("cpu")
 
     def _predict(self, inputs: dict[str, Tensor]) -> Tensor:
-        typed = {
-            spec.name: inputs[spec.name].to(getattr(torch, spec.dtype))
-            for spec in self._io.inputs
-            if spec.name in self._names
-        }
+        typed = {name: tensor for name, tensor in typed_inputs(inputs, self._io).items() if name in self._names}
         parts = [self._run(part)[:count] for part, count in row_chunks(typed, self._io)]
         return torch.cat(parts).to(inputs["sample"].dtype)
 

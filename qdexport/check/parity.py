@@ -149,15 +149,14 @@ class _Comparison:
         self._worst |= {name: _Worst(weight=0.0) for name in softmax}  # no weight to compare
         self._inputs: Feed = {}
         self._chunk = _Chunk()
-        self._carried: dict[str, tuple[int, Tensor]] = {}
+        self._carried: dict[str, list[tuple[int, Tensor]]] = {}
 
     def carry(self, denoiser: nn.Module) -> None:
         """Notes which layers' outputs carry the ``1 / r`` of another layer in the file (pass fold-reparam)."""
         for name, probe in self._layers.items():
-            carried = scaled_for(probe.node)
-            if carried is not None:
-                layer: Any = denoiser.get_submodule(carried[0])
-                self._carried[name] = carried[1], layer.channel_scale.inverse.flatten()
+            for scaled, first in scaled_for(probe.node):
+                layer: Any = denoiser.get_submodule(scaled)
+                self._carried.setdefault(name, []).append((first, layer.channel_scale.inverse.flatten()))
 
     def start(self, inputs: Feed) -> None:
         """Begins a denoiser call."""
@@ -186,10 +185,10 @@ class _Comparison:
     def layer(self, name: str, quantizer: ActivationQuantizer, x: Tensor, y: Tensor) -> None:
         """Takes one layer's input and output."""
         if name in self._carried:
-            first, inverse = self._carried[name]
             y = y.clone()
             channels = y if self._layers[name].node.op_type != "Conv" else y.movedim(1, -1)
-            channels[..., first : first + len(inverse)] *= inverse
+            for first, inverse in self._carried[name]:
+                channels[..., first : first + len(inverse)] *= inverse
         self._take(name, x, _codes(quantizer, x, self._layers[name].pads), y)
 
     def softmax(self, name: str, x: Tensor, y: Tensor) -> None:

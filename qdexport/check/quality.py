@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from qdexport.check.calls import fake_quant_denoiser
+from qdexport.check.calls import fake_quant_denoiser, sample_size
 from qdexport.check.measure import sqnr_db
 from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.io_spec import IoSpec
@@ -36,9 +36,9 @@ class _Trace:
     """The latents that a denoiser saw, step by step, of a few rows of the first batch."""
 
     latents: dict[int, np.ndarray] = field(default_factory=dict)
-    timesteps: dict[int, int] = field(default_factory=dict)
+    timesteps: dict[int, float] = field(default_factory=dict)
 
-    def __call__(self, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def __call__(self, step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         if step not in self.latents:
             self.latents[step] = inputs["sample"][:_TRACED_ROWS].float().numpy().copy()
             self.timesteps[step] = timestep
@@ -63,14 +63,12 @@ def compare_quality(
     loaded, validation = model.loaded, model.recipe.validation
     if loaded.pipeline is None:
         return None, {}
-    shape = io.inputs[0].shape()
     request = SampleRequest(
         prompts=tuple(prompts_for(loaded, validation.images, validation.seed)),
         seed=validation.seed,
         steps=model.recipe.calibration.steps,
         guidance_scale=model.recipe.calibration.guidance_scale,
-        height=shape[2],
-        width=shape[3],
+        **sample_size(io),
     )
     denoisers: dict[str, Any] = {_FP: None, "quantized": fake_quant_denoiser(model)}
     if onnx_path is not None:

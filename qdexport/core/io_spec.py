@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from qdexport.errors import ModelError
 
-__all__ = ["Dim", "End", "IoSpec", "Profile", "ProfileShapes", "TensorSpec"]
+__all__ = ["SHARED_ROLES", "Dim", "End", "IoSpec", "Profile", "ProfileShapes", "TensorSpec"]
 
 End = Literal["low", "best", "high"]
 ProfileShapes = dict[str, list[list[int]]]
 Role = Literal[
-    "sample", "timestep", "text", "text_pooled", "time_ids", "class_labels", "prediction",
-    "tokens", "latents", "image",
-]  # fmt: skip
+    "sample",
+    "timestep",
+    "text",
+    "text_mask",
+    "text_pooled",
+    "time_ids",
+    "image_size",
+    "class_labels",
+    "guidance",
+    "position_ids",
+    "residual",
+    "prediction",
+    # of the networks beside the denoiser
+    "tokens",
+    "latents",
+    "image",
+]
+# inputs without a row per sample: the whole call shares them
+SHARED_ROLES: Final[frozenset[Role]] = frozenset({"timestep", "position_ids"})
 
 
 class Dim(BaseModel):

@@ -44,8 +44,8 @@ class NetworkFacts(BaseModel):
     body: str
     scheduler: str
     training_steps: int
-    time_table: tuple[int, ...] | None
-    scale_rows: tuple[int, ...]
+    time_table: tuple[int | float, ...] | None
+    scale_rows: tuple[int | float, ...]
     io: IoSpec
     notes: dict[str, str] = Field(default_factory=dict)
 
@@ -68,11 +68,12 @@ class NetworkFacts(BaseModel):
             ModelError: a timestep outside the training range, or one that the time table lacks.
         """
         steps = list(timesteps)
-        outside = [step for step in steps if not 0 <= step < self.training_steps]
+        spec = self.io.by_role("timestep")
+        # flow matching starts at the end of the range
+        last = self.training_steps if spec is not None and spec.dtype == "float32" else self.training_steps - 1
+        outside = [step for step in steps if not 0 <= step <= last]
         if outside:
-            raise ModelError(
-                f"timesteps {outside[:_SHOWN]} are outside the training range 0..{self.training_steps - 1}"
-            )
+            raise ModelError(f"timesteps {outside[:_SHOWN]} are outside the training range 0..{last}")
         if self.time_table is None:
             return
         known = set(self.time_table)

@@ -204,6 +204,9 @@ class Shapes(_Part):
     height: _Sizes | None = Field(default=None, description="latent; default: the model's")
     width: _Sizes | None = Field(default=None, description="latent; default: the model's")
     tokens: _Sizes | None = Field(default=None, description="text length; default: the tokenizer's")
+    controlnet: bool = Field(
+        default=False, description="inputs for the residuals of a ControlNet: down_block_res_0 and on, mid_block_res"
+    )
     profiles: tuple[ShapeProfile, ...] = Field(
         default=(), description="optimization profiles; each lies in the ranges above, a fixed size above is widened"
     )

@@ -27,6 +27,7 @@ __all__ = [
     "is_fake_quantize",
     "is_merged",
     "module_of",
+    "note_scaled_for",
     "only_consumer",
     "scaled_for",
     "sequence_first",
@@ -109,12 +110,22 @@ def module_of(node: ir.Node) -> str:
     return node.metadata_props.get(LAYER_KEY, "")
 
 
-def scaled_for(node: ir.Node) -> tuple[str, int] | None:
-    """The layer whose ``1 / r`` the output of a convolution or product carries, and from which channel on (pass
+def scaled_for(node: ir.Node) -> list[tuple[str, int]]:
+    """The layers whose ``1 / r`` the output of a convolution or product carries, and from which channel on (pass
     fold-reparam).
     """
-    layer, separator, first = node.metadata_props.get(SCALED_FOR_KEY, "").rpartition(":")
-    return (layer, int(first)) if separator else None
+    found = []
+    for part in node.metadata_props.get(SCALED_FOR_KEY, "").split(","):
+        layer, separator, first = part.rpartition(":")
+        if separator:
+            found.append((layer, int(first)))
+    return found
+
+
+def note_scaled_for(node: ir.Node, layer: str, first: int) -> None:
+    """Notes for :func:`scaled_for` that the channels from ``first`` on carry a layer's ``1 / r``."""
+    known = node.metadata_props.get(SCALED_FOR_KEY, "")
+    node.metadata_props[SCALED_FOR_KEY] = f"{known},{layer}:{first}".lstrip(",")
 
 
 def sequence_first(node: ir.Node) -> bool:

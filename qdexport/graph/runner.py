@@ -46,7 +46,7 @@ class PassContext:
     body: Literal["fp32", "fp16"]
     io: IoSpec
     layers: tuple[LayerPlan, ...]
-    timesteps: tuple[int, ...] | None
+    timesteps: tuple[float, ...] | None
     training_steps: int
     bos: np.ndarray | None = None
     int4: bool = False

@@ -16,7 +16,16 @@ import torch
 from torch import nn
 
 from qdexport.errors import ModelError
-from qdexport.models.denoiser_io import check_denoiser, denoiser_class, latent_size
+from qdexport.models.denoiser_classes import (
+    FLUX,
+    TRANSFORMERS,
+    UNETS,
+    check_denoiser,
+    config_of,
+    denoiser_class,
+    family_of,
+)
+from qdexport.models.denoiser_io import latent_size
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.loaded import LoadedModel, SamplingDefaults, WeightsDtype
 from qdexport.models.source import UNUSED_COMPONENTS, resolve_source
@@ -69,7 +78,7 @@ def load_model(
     dtype = _dtype(torch_dtype)
     if not (folder / "model_index.json").is_file():
         denoiser, stored = _load_denoiser(folder, variant, dtype)
-        loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component="unet")
+        loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component=_usual_name(denoiser))
         return replace(loaded, stored_dtype=stored, variant=variant)
     index = read_json(folder / "model_index.json")
     component = _denoiser_component(folder, index)
@@ -91,7 +100,12 @@ def loaded_from_denoiser(denoiser: nn.Module, *, name: str) -> LoadedModel:
     Raises:
         ModelError: It is not of a supported class, or its weights are not of a supported type.
     """
-    return _loaded(name=name, folder=None, pipeline=None, denoiser=denoiser.eval(), component="unet")
+    component = _usual_name(denoiser)
+    return _loaded(name=name, folder=None, pipeline=None, denoiser=denoiser.eval(), component=component)
+
+
+def _usual_name(denoiser: nn.Module) -> str:
+    return "transformer" if family_of(denoiser) in TRANSFORMERS else "unet"
 
 
 def _loaded(
@@ -146,13 +160,13 @@ def _denoiser_component(folder: Path, index: dict[str, Any]) -> str:
             f"{index.get('_class_name')!r}); pipelines that bring their own code are not run"
         )
     for part, (library, class_name) in components.items():
-        if library == "diffusers" and class_name in ("UNet2DConditionModel", "UNet2DModel"):
+        if library == "diffusers" and class_name in (*UNETS, *TRANSFORMERS):
             return part
     for part in ("unet", "transformer", "prior"):
         if part in components:
             denoiser_class(components[part][1])
     raise ModelError(
-        f"{folder} ({index['_class_name']}) has no UNet2DConditionModel or UNet2DModel; its components are "
+        f"{folder} ({index['_class_name']}) has none of {', '.join((*UNETS, *TRANSFORMERS))}; its components are "
         f"{', '.join(components) or 'not listed'}"
     )
 
@@ -233,6 +247,7 @@ def _load_pipeline(
             f"({folder / 'model_index.json'}); install the diffusers that wrote it"
         )
     options = {**dict.fromkeys(UNUSED_COMPONENTS), "requires_safety_checker": False, "add_watermarker": False}
+    options |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
     accepted = inspect.signature(cls.__init__).parameters
     denoiser = next(iter(parts.values()))
     try:
@@ -254,18 +269,21 @@ def _load_pipeline(
 
 
 def _sampling_defaults(pipeline: Any | None, denoiser: nn.Module, *, has_evaluator: bool) -> SamplingDefaults:
-    reads_text = "encoder_hidden_states" in inspect.signature(type(denoiser).forward).parameters
+    known = {} if pipeline is None else inspect.signature(pipeline.__call__).parameters
+    conditional = "encoder_hidden_states" in inspect.signature(type(denoiser).forward).parameters
+    conditional = conditional or {"class_labels", "guidance_scale"} <= set(known)
+    # distilled: the guidance scale is an input, and the call is not doubled
+    embedded = family_of(denoiser) == FLUX or config_of(denoiser).get("time_cond_proj_dim") is not None
     few_steps = type(getattr(pipeline, "scheduler", None)).__name__ in _FEW_STEP_SCHEDULERS
     guidance_scale = 7.5
     if pipeline is not None:
-        own = inspect.signature(pipeline.__call__).parameters.get("guidance_scale")
+        own = known.get("guidance_scale")
         guidance_scale = 1.0 if own is None else float(own.default)
     if has_evaluator:  # the shapes models were measured at 4
         guidance_scale = 4.0
-    if few_steps or not reads_text:
+    if (few_steps and not embedded) or not conditional:
         guidance_scale = 1.0
     height, width = latent_size(denoiser)
-    steps = 4 if few_steps else 25 if reads_text else 50
-    return SamplingDefaults(
-        steps=steps, guidance_scale=guidance_scale, height=height, width=width, cfg=guidance_scale > 1
-    )
+    steps = 4 if few_steps else 25 if conditional else 50
+    cfg = guidance_scale > 1 and not embedded
+    return SamplingDefaults(steps=steps, guidance_scale=guidance_scale, height=height, width=width, cfg=cfg)

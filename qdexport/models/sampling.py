@@ -1,7 +1,8 @@
 """Runs a model's own diffusers pipeline: images, the denoiser's inputs at every step, timesteps, prompts.
 
-The noise of image i comes from `seed + i` alone, so images do not depend on the batch size (up to the
-rounding of batched kernels). Another denoiser (fake-quantized, ONNX Runtime, an engine) can stand in for
+The noise of image i, and its class where the pipeline passes none, come from `seed + i` alone, so images do not
+depend on the batch size (up to the rounding of batched kernels). Prompts of a pipeline without text encoders stand for
+random embeddings. Another denoiser (fake-quantized, ONNX Runtime, an engine) can stand in for
 the pipeline's own; it needs the same call signature only. A pipeline is not thread-safe: one sampling at a
 time.
 """
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from qdexport.errors import ModelError
 from qdexport.models import shapes
+from qdexport.models.conditions import class_labels, lacks_text_encoder, text_arguments
 from qdexport.models.denoiser_io import named_inputs
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
+from qdexport.models.schedules import scheduler_timesteps
 
 __all__ = [
     "DenoiserCall",
@@ -41,7 +44,7 @@ __all__ = [
     "schedule",
 ]
 
-OnCall = Callable[[int, int, dict[str, Tensor]], None]
+OnCall = Callable[[int, float, dict[str, Tensor]], None]
 OnProgress = Callable[[int, int], None]
 
 
@@ -85,7 +88,7 @@ class DenoiserCall:
     """
 
     step: int
-    timestep: int
+    timestep: float
     inputs: dict[str, Tensor]
     batch: int
 
@@ -123,14 +126,14 @@ def schedule(loaded: LoadedModel, steps: int | None = None) -> list[int | float]
     Raises:
         ModelError: The model has no scheduler, or the scheduler refuses the number of steps.
     """
-    timesteps = _timesteps(loaded, steps)
+    timesteps = scheduler_timesteps(loaded, steps)
     return [step for number, step in enumerate(timesteps) if number == 0 or step != timesteps[number - 1]]
 
 
 def call_count(loaded: LoadedModel, request: SampleRequest) -> int:
     """How many denoiser calls a request takes, batches and second calls of higher-order samplers included."""
     batches = -(-len(request.prompts) // request.batch_size)
-    return batches * len(_timesteps(loaded, request.steps))
+    return batches * len(scheduler_timesteps(loaded, request.steps))
 
 
 def sample(
@@ -159,7 +162,7 @@ def sample(
         ModelError: There is no pipeline, or it makes something else than images from prompts or noise.
     """
 
-    def without_batch(batch: int, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def without_batch(batch: int, step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         if on_call is not None:
             on_call(step, timestep, inputs)
 
@@ -180,7 +183,7 @@ def record_calls(
     """
     calls: list[DenoiserCall] = []
 
-    def keep(batch: int, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def keep(batch: int, step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         inputs = {**inputs, "sample": inputs["sample"].clone()}
         calls.append(DenoiserCall(step=step, timestep=timestep, inputs=inputs, batch=batch))
 
@@ -209,7 +212,7 @@ def prompts_for(loaded: LoadedModel, count: int, seed: int) -> list[str]:
     return prompts[:count]
 
 
-_OnBatchCall = Callable[[int, int, int, dict[str, Tensor]], None]
+_OnBatchCall = Callable[[int, int, float, dict[str, Tensor]], None]
 
 
 class _Tap(nn.Module):
@@ -218,25 +221,36 @@ class _Tap(nn.Module):
     Whatever else a pipeline asks of its denoiser (config, dtype, widths) comes from the denoiser it had.
     """
 
-    def __init__(self, own: nn.Module, target: Any, before: OnCall | None, after: Callable[[], None]) -> None:
+    def __init__(
+        self, own: nn.Module, target: Any, before: OnCall | None, after: Callable[[], None], labels: Tensor | None
+    ) -> None:
         super().__init__()
         # not as submodules: to() or save_pretrained() must not reach them through the tap
-        self.__dict__.update(_own=own, _target=target, _before=before, _after=after)
-        self._step, self._timestep = -1, -1
+        self.__dict__.update(_own=own, _target=target, _before=before, _after=after, _labels=labels)
+        self._step, self._timestep = -1, -1.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_own"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._labels is not None:
+            kwargs["class_labels"] = self._labels_for(args[0] if args else kwargs["sample"])
         if self._before is not None:
             inputs = named_inputs(self._own, args, kwargs)
-            timestep = int(inputs["timestep"])
+            timestep = inputs["timestep"].item()
             if self._step < 0 or timestep != self._timestep:
                 self._step, self._timestep = self._step + 1, timestep
             self._before(self._step, timestep, inputs)
         output = self._target(*args, **kwargs)
         self._after()
         return output
+
+
+    def _labels_for(self, sample: Tensor) -> Tensor:
+        """The labels of the batch, once more for each half of a guided call."""
+        labels: Tensor = self._labels
+        labels = labels.to(sample.dtype) if labels.is_floating_point() else labels
+        return labels.repeat(sample.shape[0] // labels.shape[0], *([1] * (labels.dim() - 1)))
 
 
 def _batches(
@@ -257,7 +271,8 @@ def _batches(
     own = getattr(pipeline, loaded.component)
     target = loaded.denoiser if denoiser is None else denoiser
     for batch, start in enumerate(range(0, len(request.prompts), request.batch_size)):
-        tap = _Tap(own, target, None if before is None else partial(before, batch), after)
+        labels = _missing_labels(loaded, request, start)
+        tap = _Tap(own, target, None if before is None else partial(before, batch), after, labels)
         with _in_place_of(pipeline, loaded.component, tap):
             images = pipeline(**_arguments(loaded, request, start)).images
         yield _to_array(images)
@@ -284,12 +299,28 @@ def _arguments(loaded: LoadedModel, request: SampleRequest, start: int) -> dict[
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
         "output_type": "pt",
     }
+    scale = loaded.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     if "prompt" not in known:
         _refuse_other_size(loaded, request)
-        return {**arguments, "batch_size": len(prompts)}
-    scale = loaded.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        labels = class_labels(loaded.denoiser, seeds) if "class_labels" in known else None
+        if labels is None:
+            return {**arguments, "batch_size": len(prompts)}
+        return {**arguments, "class_labels": labels.tolist(), "guidance_scale": scale}
     height, width = _pixel_size(loaded, request)
-    return {**arguments, "prompt": prompts, "guidance_scale": scale, "height": height, "width": width}
+    arguments |= {"guidance_scale": scale, "height": height, "width": width}
+    arguments |= {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}  # PixArt's
+    if lacks_text_encoder(loaded):
+        guided = scale > 1 and loaded.defaults.cfg
+        return arguments | text_arguments(loaded, prompts, known, guided=guided)
+    return {**arguments, "prompt": prompts}
+
+
+def _missing_labels(loaded: LoadedModel, request: SampleRequest, start: int) -> Tensor | None:
+    """The classes of the images from `start` on, for a pipeline that passes none to a denoiser that reads them."""
+    if "class_labels" in _parameters(loaded):
+        return None
+    count = min(request.batch_size, len(request.prompts) - start)
+    return class_labels(loaded.denoiser, range(request.seed + start, request.seed + start + count))
 
 
 def _refuse_other_size(loaded: LoadedModel, request: SampleRequest) -> None:
@@ -328,10 +359,8 @@ def _pipeline(loaded: LoadedModel) -> Any:
         raise ModelError(
             f"{name} starts from a picture ({images[0]}); qdexport samples from prompts or noise only"
         )
-    if "prompt" not in known and "batch_size" not in known:
-        raise ModelError(f"{name} takes neither prompts nor a batch_size; qdexport cannot sample it")
-    if getattr(loaded.denoiser, "class_embedding", None) is not None and "class_labels" not in known:
-        raise ModelError(f"the denoiser of {loaded.name} needs class labels, which {name} does not pass")
+    if not {"prompt", "batch_size", "class_labels"} & set(known):
+        raise ModelError(f"{name} takes no prompts, no class labels and no batch_size; qdexport cannot sample it")
     return loaded.pipeline
 
 
@@ -341,19 +370,6 @@ def _parameters(loaded: LoadedModel) -> Mapping[str, inspect.Parameter]:
 
 def _takes_prompts(loaded: LoadedModel) -> bool:
     return "encoder_hidden_states" in inspect.signature(type(loaded.denoiser).forward).parameters
-
-
-def _timesteps(loaded: LoadedModel, steps: int | None) -> list[int | float]:
-    if loaded.scheduler is None:
-        raise ModelError(f"{loaded.name} has no scheduler; give the whole pipeline's folder")
-    # a copy: set_timesteps changes the scheduler that a pipeline may be using
-    scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
-    count = steps or loaded.defaults.steps
-    try:
-        scheduler.set_timesteps(count)
-    except ValueError as error:
-        raise ModelError(f"{type(scheduler).__name__} cannot sample in {count} steps: {error}") from error
-    return [int(step) if float(step).is_integer() else float(step) for step in scheduler.timesteps.tolist()]
 
 
 def _to_array(images: Any) -> NDArray[np.float32]:

@@ -14,146 +14,13 @@ import torch
 from torch import nn
 
 from qdexport.errors import ModelError
+from qdexport.models.configs import CONFIGS
+from qdexport.models.denoiser_classes import denoiser_class
 
-__all__ = ["CONFIGS", "denoiser_class", "empty_unet", "fill_randomly", "random_unet"]
-
-_CROSS3: Final = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
-_CROSS3_UP: Final = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
-_SD: Final[dict[str, Any]] = {
-    "_class_name": "UNet2DConditionModel",
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "down_block_types": _CROSS3,
-    "up_block_types": _CROSS3_UP,
-}
-
-CONFIGS: Final[dict[str, dict[str, Any]]] = {
-    # 859.5 M parameters, Stable Diffusion 1.1 to 1.5
-    "sd15": {**_SD, "cross_attention_dim": 768, "attention_head_dim": 8},
-    # 865.9 M, Stable Diffusion 2.1 at 768 pixels
-    "sd21": {
-        **_SD,
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-        "upcast_attention": True,
-    },
-    # 2,567 M, Stable Diffusion XL base 1.0
-    "sdxl": {
-        **_SD,
-        "sample_size": 128,
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": (1, 2, 10),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-    # 50.3 M: a text-to-image denoiser of the size that compilers are often measured with
-    "medium": {
-        **_SD,
-        "sample_size": 32,
-        "cross_attention_dim": 256,
-        "attention_head_dim": 8,
-        "block_out_channels": (128, 256, 384),
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    },
-    # 35.7 M, DDPM on CIFAR-10: pixel space, head_dim None (one head), asymmetric padding when downsampling
-    "ddpm_cifar10": {
-        "_class_name": "UNet2DModel",
-        "sample_size": 32,
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": (128, 256, 256, 256),
-        "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": None,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-    },
-    # 274 M, unconditional latent diffusion (CelebA-HQ 256, LSUN): a VQ latent of 3 channels
-    "ldm_uncond": {
-        "_class_name": "UNet2DModel",
-        "sample_size": 64,
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": (224, 448, 672, 896),
-        "layers_per_block": 2,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": 32,
-    },
-    "tiny_sd": {
-        **_SD,
-        "sample_size": 8,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    },
-    "tiny_sdxl": {
-        **_SD,
-        "sample_size": 8,
-        "cross_attention_dim": 32,
-        "attention_head_dim": (2, 4),
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "transformer_layers_per_block": (1, 2),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 64,  # 6 numbers of 8 each, and a pooled text of 16
-    },
-    "tiny_unet2d": {
-        "_class_name": "UNet2DModel",
-        "sample_size": 8,
-        "in_channels": 3,
-        "out_channels": 3,
-        "block_out_channels": (16, 32),
-        "layers_per_block": 1,
-        "norm_num_groups": 8,
-        "attention_head_dim": 8,
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    },
-}
+__all__ = ["CONFIGS", "empty_unet", "fill_randomly", "random_unet"]
 
 # a prime: rows of a weight repeat only after this many rows, whatever the width of the layer
 _BLOCK: Final = 1_048_573
-
-
-def denoiser_class(name: str) -> type[nn.Module]:
-    """The diffusers class of a denoiser, by the `_class_name` of its config.
-
-    Raises:
-        ModelError: qdexport does not compile this class.
-    """
-    from diffusers import UNet2DConditionModel, UNet2DModel
-
-    classes: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (UNet2DConditionModel, UNet2DModel)}
-    if name not in classes:
-        raise ModelError(
-            f"{name!r} is not a denoiser that qdexport compiles; supported: {', '.join(classes)}"
-        )
-    return classes[name]
 
 
 def empty_unet(name: str, **changes: Any) -> nn.Module:
@@ -214,7 +81,27 @@ def fill_randomly(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Mod
                     continue
                 _fill(parameter, block, offset, _deviation(module, key, parameter))
                 offset = (offset + parameter.numel() + 1) % _BLOCK
+    _restore_positions(model, dtype)
     return model.eval()
+
+
+def _restore_positions(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes the embeddings of positions again, which are no weights: the only buffers that denoisers have."""
+    from diffusers.models.embeddings import PatchEmbed
+
+    for module in model.modules():
+        if isinstance(module, PatchEmbed):
+            own: Any = module
+            fresh = PatchEmbed(
+                height=own.height * own.patch_size,
+                width=own.width * own.patch_size,
+                patch_size=own.patch_size,
+                in_channels=own.proj.in_channels,
+                embed_dim=own.proj.out_channels,
+                interpolation_scale=own.interpolation_scale,
+                pos_embed_max_size=own.pos_embed_max_size,
+            )
+            own.pos_embed = fresh.pos_embed.to(dtype)
 
 
 def _deviation(module: nn.Module, key: str, parameter: torch.Tensor) -> float:

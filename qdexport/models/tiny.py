@@ -13,7 +13,8 @@ from qdexport.models.synthetic import random_unet
 
 __all__ = ["TinyOptions", "save_tiny_pipeline"]
 
-Family = Literal["sd", "sdxl", "unet2d"]
+Family = Literal["sd", "sdxl", "unet2d", "lcm", "class", "dit", "pixart", "sd3", "flux"]
+_TRANSFORMERS = ("dit", "pixart", "sd3", "flux")
 _TOKENS = 77
 _TEXT_WIDTH = 16
 
@@ -44,7 +45,9 @@ def save_tiny_pipeline(folder: Path, family: Family = "sd", options: TinyOptions
 
     Args:
         folder: Is created; existing files of the same names are replaced.
-        family: `sd` and `sdxl` make images from prompts, `unet2d` without (8 x 8 pixels).
+        family: `sd`, `sdxl` and `lcm` make images from prompts, `unet2d` and `class` (with class labels) without (8 x 8
+            pixels); the transformers `dit` from class labels, `pixart`, `sd3` and `flux` from embeddings of text,
+            since their pipelines have no text encoder.
         options: Types and files.
 
     Returns:
@@ -64,11 +67,13 @@ def save_tiny_pipeline(folder: Path, family: Family = "sd", options: TinyOptions
 def _pipeline(family: Family, options: TinyOptions) -> Any:
     import diffusers
 
+    if family in _TRANSFORMERS:
+        return _transformer_pipeline(family, options)
     # Stable Diffusion's noise levels; from_config drops what a scheduler class does not have
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     scheduler = getattr(diffusers, options.scheduler).from_config({**noise, "clip_sample": False})
     unet = random_unet(f"tiny_{family}", options.dtype, options.seed)
-    if family == "unet2d":
+    if family in ("unet2d", "class"):
         return diffusers.DDIMPipeline(unet=unet, scheduler=scheduler)
     parts = {
         "vae": _vae(),
@@ -77,6 +82,9 @@ def _pipeline(family: Family, options: TinyOptions) -> Any:
         "unet": unet,
         "scheduler": scheduler,
     }
+    if family == "lcm":
+        unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        return diffusers.LatentConsistencyModelPipeline(**parts, **unused, requires_safety_checker=False)
     if family == "sd":
         unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
         return diffusers.StableDiffusionPipeline(**parts, **unused, requires_safety_checker=False)
@@ -84,7 +92,26 @@ def _pipeline(family: Family, options: TinyOptions) -> Any:
     return diffusers.StableDiffusionXLPipeline(**parts, **second, add_watermarker=False)
 
 
-def _vae() -> Any:
+def _transformer_pipeline(family: Family, options: TinyOptions) -> Any:
+    import diffusers
+
+    transformer = random_unet(f"tiny_{family}", options.dtype, options.seed)
+    flow = family in ("sd3", "flux")
+    usual = "FlowMatchEulerDiscreteScheduler" if flow else options.scheduler
+    settings = {"shift": 3.0, "use_dynamic_shifting": family == "flux"} if flow else {"clip_sample": False}
+    scheduler = getattr(diffusers, usual).from_config(settings)
+    parts = {"transformer": transformer, "scheduler": scheduler, "vae": _vae(4, shift=0.1 if flow else None)}
+    if family == "dit":
+        return diffusers.DiTPipeline(**parts)
+    names = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+    if family == "pixart":
+        return diffusers.PixArtSigmaPipeline(**parts, text_encoder=None, tokenizer=None)
+    if family == "sd3":
+        return diffusers.StableDiffusion3Pipeline(**parts, **dict.fromkeys(names))
+    return diffusers.FluxPipeline(**parts, **dict.fromkeys(name for name in names if not name.endswith("_3")))
+
+
+def _vae(channels: int = 4, *, shift: float | None = None) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -92,7 +119,8 @@ def _vae() -> Any:
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
+        shift_factor=shift,
         norm_num_groups=4,
         sample_size=16,
     )

@@ -145,10 +145,17 @@ def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:
     """
     recipe = model.recipe
     training_steps = training_steps_of(model.loaded)
-    table: tuple[int, ...] | None
+    io = io_spec(model.loaded, recipe.shapes, model.body)
+    fractions = any(spec.role == "timestep" and spec.dtype == "float32" for spec in io.inputs)
+    table: tuple[float, ...] | None
     if recipe.time_embedding == "keep":
         table = None
     elif recipe.time_embedding == "all":
+        if fractions:
+            raise RecipeError(
+                "`time_embedding: all` has a row for every whole timestep, and this model's timesteps are fractions; "
+                "say `steps` (one row per timestep of the schedule) or `keep` (leave the time layers in)"
+            )
         table = tuple(range(training_steps))
     elif model.timesteps:
         table = model.timesteps
@@ -168,5 +175,5 @@ def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:
         training_steps=training_steps,
         time_table=table,
         scale_rows=model.timesteps if model.rows > 1 else (),
-        io=io_spec(model.loaded, recipe.shapes, model.body),
+        io=io,
     )

@@ -18,7 +18,7 @@ import torch
 from qdexport.core.bit_plan import BitPlan, apply_bit_plan
 from qdexport.core.recipe import StepGroups
 from qdexport.models.denoiser import layer_macs, shortcut_splits, smallest_io, trace_denoiser
-from qdexport.models.denoiser_io import io_spec
+from qdexport.models.denoiser_io import io_spec, sized
 from qdexport.quant.attach import QuantizedModel, quantize_model
 from qdexport.quant.bos import find_bos
 from qdexport.quant.calibrate import observe
@@ -82,6 +82,7 @@ def make_quantized(
         RecipeError: the recipe does not fit the model.
         ModelError: the model cannot be sampled or observed, or lacks what a mechanism needs.
     """
+    loaded = sized(loaded, recipe.shapes)
     plans = plan_model(loaded, recipe)
     if settings.ranges is not None:
         return quantize_model(loaded, plans, recipe, settings.ranges)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from qdexport.core.recipe import Recipe
 from qdexport.core.spec import Granularity, LayerPlan, QuantSpec
 from qdexport.errors import ModelError
+from qdexport.models.denoiser_calls import FLUX_UNIT
+from qdexport.models.denoiser_classes import FLUX, family_of
 from qdexport.models.loaded import LoadedModel
 from qdexport.quant.affine import parameters_from_range
 from qdexport.quant.bos import Bos
@@ -75,7 +77,7 @@ class QuantParameters:
     weight_scales: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
     zero_points: Mapping[str, Tensor]
-    timesteps: tuple[int, ...] = ()
+    timesteps: tuple[float, ...] = ()
     channel_ratios: Mapping[str, Tensor] = field(default_factory=dict)
     softmax: Mapping[str, SoftmaxParameters] = field(default_factory=dict)
     bos: Bos | None = None
@@ -103,7 +105,7 @@ class QuantizedModel:
     plans: tuple[LayerPlan, ...]
     recipe: Recipe
     body: Body
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     context: StepContext
     bos: Bos | None = None
 
@@ -269,7 +271,8 @@ def install(
         _replace(denoiser, plan.name, _wrapped(layer, plan, (inputs, weights), scale))
     install_softmax(denoiser, parameters.softmax, context)
     if _most_rows(denoiser) > 1:
-        rows = StepRows(list(parameters.timesteps), training_steps, context)
+        unit = FLUX_UNIT if family_of(denoiser) == FLUX else 1.0
+        rows = StepRows(parameters.timesteps, training_steps, context, unit)
         install_step_rows(denoiser, rows.to(next(denoiser.parameters()).device))
     return context
 
@@ -307,7 +310,7 @@ def training_steps_of(loaded: LoadedModel) -> int:
     return int(loaded.scheduler.config.num_train_timesteps) if loaded.scheduler is not None else 1000
 
 
-def _timesteps(loaded: LoadedModel, recipe: Recipe, ranges: ActivationRanges) -> tuple[int, ...]:
+def _timesteps(loaded: LoadedModel, recipe: Recipe, ranges: ActivationRanges) -> tuple[float, ...]:
     """Those of the ranges; static ranges from elsewhere name none, then those the calibration would have."""
     if ranges.timesteps or loaded.scheduler is None:
         return ranges.timesteps

@@ -33,6 +33,7 @@ BEST_DB: Final = 150.0  # FP32 itself rounds at some 140 dB: beyond this, output
 _WORST_DB: Final = -100.0  # an output that is not finite
 _WORST_SSIM: Final = -1.0
 _RANGE: Final = 2.0  # images lie in [-1, 1]
+_SHARED: Final = ("timestep", "img_ids", "txt_ids")  # inputs without a row per sample
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -219,11 +220,11 @@ def _rows(
     batch, place = divmod(number, request.batch_size)
     inputs = by_place[step, batch].inputs
     together = min(request.batch_size, len(request.prompts) - batch * request.batch_size)
-    return {name: tensor if name == "timestep" else tensor[place::together] for name, tensor in inputs.items()}
+    return {name: tensor if name in _SHARED else tensor[place::together] for name, tensor in inputs.items()}
 
 
 def _joined(name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if name == "timestep" else torch.cat(tensors)
+    return tensors[0] if name in _SHARED else torch.cat(tensors)
 
 
 def _with_output(denoiser: nn.Module, inputs: dict[str, torch.Tensor]) -> RecordedCall:

@@ -16,9 +16,11 @@ from qdexport import __version__
 from qdexport.core.files import digest_of
 from qdexport.core.recipe import Calibration, Recipe, SoftmaxQuant
 from qdexport.core.spec import LayerPlan
+from qdexport.core.timesteps import nearest_row
 from qdexport.errors import ModelError, RecipeError
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import OnProgress, SampleRequest, prompts_for, sample, schedule
+from qdexport.models.schedules import timestep_dtype
 from qdexport.quant.channel_scale import ChannelObserver
 from qdexport.quant.modules import ChannelScale
 from qdexport.quant.observers import HistogramObserver, NonFiniteError, RangeObserver, make_observer
@@ -28,6 +30,9 @@ from qdexport.quant.resume import CalibrationState, weights_sha256
 from qdexport.quant.softmax import SoftmaxParameters, attention_names, softmax_parameters, watched_softmax
 
 __all__ = ["Observations", "calibrate", "calibration_prompts", "observe", "schedule_timesteps"]
+
+# a pipeline in BF16 rounds fractional timesteps before it calls the denoiser, FLUX's twice: 2^-8 of the number each
+_ROUNDED = 2.0**-7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +50,7 @@ class Observations:
     inputs: Mapping[str, RangeObserver]
     channels: Mapping[str, ChannelObserver]
     softmax: Mapping[str, HistogramObserver]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     group_of_step: tuple[int, ...] = ()
 
     def ranges(self, plans: Sequence[LayerPlan]) -> ActivationRanges:
@@ -157,7 +162,8 @@ def observe(
         bypassed = sorted(plan.name for plan in plans if plan.bos and plan.quantized)
         extent = {"rows": rows, "ratios": ratios, "bos": bypassed, "others": sorted(set(everything) - set(inputs))}
         state = CalibrationState(state_dir, _digest(loaded, request, observed, extent), _state_name(channel_ratios))
-    watch = _Watch(plans, everything, timesteps, channel_ratios or {})
+    rounding = _ROUNDED if timestep_dtype(loaded) == "float32" else 0.0
+    watch = _Watch(plans, everything, timesteps, channel_ratios or {}, rounding)
     with watched_softmax(loaded.denoiser, blocks, watch.probabilities):
         _sample_batches(loaded, request, watch, state, on_progress)
     return Observations(inputs=inputs, channels=channels, softmax=softmax, timesteps=timesteps)
@@ -168,20 +174,13 @@ def _state_name(channel_ratios: Mapping[str, Tensor] | None) -> str:
     return "calibration" if channel_ratios is None else "calibration-scaled"
 
 
-def schedule_timesteps(loaded: LoadedModel, calibration: Calibration) -> tuple[int, ...]:
+def schedule_timesteps(loaded: LoadedModel, calibration: Calibration) -> tuple[float, ...]:
     """The timesteps of the calibration's schedule, each once, in sampling order: the rows of step tables.
 
     Raises:
-        ModelError: the model has no scheduler, or a timestep is fractional.
+        ModelError: the model has no scheduler.
     """
-    timesteps = schedule(loaded, calibration.steps)
-    fractional = [step for step in timesteps if not float(step).is_integer()]
-    if fractional:
-        raise ModelError(
-            f"the scheduler calls the denoiser at the fractional timestep {fractional[0]}; tables have rows "
-            "for integers only: choose a scheduler of integer timesteps (DDIM, or timestep_spacing: leading)"
-        )
-    return tuple(dict.fromkeys(int(step) for step in timesteps))
+    return tuple(dict.fromkeys(schedule(loaded, calibration.steps)))
 
 
 def calibration_prompts(loaded: LoadedModel, calibration: Calibration) -> list[str]:
@@ -240,15 +239,18 @@ class _Watch:
         self,
         plans: Sequence[LayerPlan],
         observers: dict[str, RangeObserver],
-        timesteps: tuple[int, ...],
+        timesteps: tuple[float, ...],
         channel_ratios: Mapping[str, Tensor],
+        rounding: float = 0.0,
     ) -> None:
         self.observers = observers
+        self.rounding = rounding
         self.plans = {plan.group: plan for plan in reversed(plans) if plan.quantized}  # the first of each group
+        self.steps = timesteps
         self.rows = {timestep: index for index, timestep in enumerate(timesteps)}
         self.timestep = timesteps[0]
         self._scales = {group: ChannelScale(ratio, self.plans[group].kind) for group, ratio in channel_ratios.items()}
-        self._reached: dict[str, set[int]] = {}
+        self._reached: dict[str, set[float]] = {}
 
     @contextlib.contextmanager
     def hooked(self, denoiser: nn.Module) -> Iterator[None]:
@@ -267,19 +269,20 @@ class _Watch:
         """Forgets which layers were reached."""
         self._reached = {plan.name: set() for plan in self.plans.values()}
 
-    def at(self, timestep: int) -> None:
+    def at(self, timestep: float) -> None:
         """Says which timestep the next denoiser call has.
 
         Raises:
             ModelError: it is none of the schedule's.
         """
-        self.timestep = int(timestep)
-        if self.timestep not in self.rows:
+        row = nearest_row(self.steps, timestep, self.rounding)
+        if row is None:
             raise ModelError(
                 f"the sampler called the denoiser at timestep {timestep}, which is none of its "
                 f"schedule ({', '.join(map(str, self.rows))}); "
                 "use a scheduler that lists its timesteps before it starts"
             )
+        self.timestep = self.steps[row]
 
     def end_batch(self) -> None:
         """Makes sure that every watched layer ran in every step.

@@ -43,7 +43,7 @@ class CandidateTask(CachedTask):
     plans: tuple[LayerPlan, ...]
     ends: Ends
     ratios: Mapping[str, tuple[float, ...]]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
 
 
 class CandidateError(BaseModel):

@@ -92,7 +92,7 @@ class _Facts(BaseModel):
     model: str
     component: str
     body: Body
-    timesteps: tuple[int, ...]
+    timesteps: tuple[int | float, ...]
     weights_in: str | None  # folder of the floating-point weights; None: the checkpoint's own
     defaults: SamplingDefaults
     plans: tuple[LayerPlan, ...]

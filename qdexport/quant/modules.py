@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -43,17 +44,27 @@ class StepRows(nn.Module):
     """Looks the table row of a raw scheduler timestep up: the nearest calibrated step.
 
     Args:
-        timesteps: the calibrated steps, one per row, in any order.
+        timesteps: the calibrated steps, one per row, in any order; fractions make the lookup a search.
         training_steps: number of training timesteps of the scheduler.
         context: where the row is put.
+        unit: what the denoiser's timestep is multiplied by to be the scheduler's (FLUX: 1000).
     """
 
     row_of_timestep: Tensor
+    steps: Tensor
 
-    def __init__(self, timesteps: list[int], training_steps: int, context: StepContext) -> None:
+    def __init__(
+        self, timesteps: Sequence[float], training_steps: int, context: StepContext, unit: float = 1.0
+    ) -> None:
         super().__init__()
         self.timesteps = list(timesteps)
         self.context = context
+        self.unit = unit
+        self.training_steps = training_steps
+        self.fractions = unit != 1.0 or any(not float(step).is_integer() for step in timesteps)
+        if self.fractions:
+            self.register_buffer("steps", torch.tensor(timesteps, dtype=torch.float32), persistent=False)
+            return
         distance = (torch.arange(training_steps)[:, None] - torch.tensor(timesteps)[None, :]).abs()
         self.register_buffer("row_of_timestep", distance.argmin(dim=1), persistent=False)
 
@@ -64,15 +75,23 @@ class StepRows(nn.Module):
             ModelError: a timestep outside the training range.
         """
         flat = timestep.reshape(-1)
+        if flat.shape[0] > 1 and flat.stride(0) == 0:  # one timestep, expanded to the batch
+            flat = flat[:1]
+        if self.fractions:
+            flat = flat.float() * self.unit
+            self._check(flat, self.training_steps)  # flow matching starts at the end of the range
+            self.context.row = (flat[:, None] - self.steps[None, :]).abs().argmin(dim=1)
+            return
         index = (flat.round() if flat.is_floating_point() else flat).to(torch.int64)
-        if not torch.compiler.is_compiling():
-            last = self.row_of_timestep.shape[0] - 1
-            if bool(((index < 0) | (index > last)).any()):
-                raise ModelError(
-                    f"timestep {timestep.flatten().tolist()} is outside the training range 0..{last}; "
-                    "use a scheduler with the model's own number of training steps"
-                )
+        self._check(index, self.training_steps - 1)
         self.context.row = self.row_of_timestep[index]
+
+    def _check(self, timestep: Tensor, last: int) -> None:
+        if not torch.compiler.is_compiling() and bool(((timestep < 0) | (timestep > last)).any()):
+            raise ModelError(
+                f"timestep {timestep.tolist()} is outside the training range 0..{last}; "
+                "use a scheduler with the model's own number of training steps"
+            )
 
 
 def install_step_rows(denoiser: nn.Module, rows: StepRows) -> None:

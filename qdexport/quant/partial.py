@@ -61,7 +61,7 @@ def plain_ends(ranges: ActivationRanges) -> Ends:
     return {key: (tuple(ranges.low[key].tolist()), tuple(ranges.high[key].tolist())) for key in sorted(ranges.low)}
 
 
-def ranges_from(ends: Ends, ratios: Mapping[str, Sequence[float]], timesteps: Sequence[int]) -> ActivationRanges:
+def ranges_from(ends: Ends, ratios: Mapping[str, Sequence[float]], timesteps: Sequence[float]) -> ActivationRanges:
     """The ranges that :func:`plain_ends` was made from; ``ratios`` are of channels, by activation group."""
     return ActivationRanges(
         low={key: torch.tensor(low, dtype=torch.float64) for key, (low, _) in ends.items()},

@@ -45,7 +45,7 @@ class ActivationRanges:
 
     low: Mapping[str, Tensor]
     high: Mapping[str, Tensor]
-    timesteps: tuple[int, ...] = field(default=())
+    timesteps: tuple[float, ...] = field(default=())
     channel_ratios: Mapping[str, Tensor] = field(default_factory=dict)
     softmax: Mapping[str, SoftmaxParameters] = field(default_factory=dict)
     bos: Bos | None = None
@@ -182,8 +182,8 @@ def _ranges_from_json(path: Path, plans: Sequence[LayerPlan]) -> ActivationRange
     if not isinstance(data, dict):
         raise ModelError(f'{path} must hold an object {{"layer": [low, high]}}, not a JSON {type(data).__name__}')
     timesteps = data.pop("timesteps", [])
-    if not isinstance(timesteps, list) or not all(type(step) is int for step in timesteps):
-        raise ModelError(f"{path}: timesteps must be a list of integers, one per row")
+    if not isinstance(timesteps, list) or not all(type(step) in {int, float} for step in timesteps):
+        raise ModelError(f"{path}: timesteps must be a list of numbers, one per row")
     keys = _keys_by_name(plans)
     low: dict[str, Tensor] = {}
     high: dict[str, Tensor] = {}

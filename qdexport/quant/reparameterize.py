@@ -106,7 +106,7 @@ def _best_limits(
     layers = [loaded.denoiser.get_submodule(trial.plan.name) for trial in trials]
     hooks = [layer.register_forward_hook(trial) for layer, trial in zip(layers, trials, strict=True)]
 
-    def at(step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def at(step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         del timestep, inputs
         for trial in trials:
             trial.active = step in chosen

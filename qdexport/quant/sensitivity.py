@@ -57,7 +57,7 @@ class SweepTask(CachedTask):
     widths: tuple[int, ...]
     ends: Mapping[int, Ends]
     ratio: tuple[float, ...] | None
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
 
     def planned(self, bits: int) -> list[LayerPlan]:
         """The layers at a width."""

@@ -130,7 +130,7 @@ def attention_names(denoiser: nn.Module, softmax: SoftmaxQuant | None) -> list[s
     """Paths of the attention blocks whose probabilities a recipe quantizes.
 
     Raises:
-        RecipeError: the pattern matches no attention block.
+        RecipeError: the pattern matches no attention block, or one that joins two streams of tokens (SD3).
     """
     if softmax is None:
         return []
@@ -140,6 +140,13 @@ def attention_names(denoiser: nn.Module, softmax: SoftmaxQuant | None) -> list[s
         raise RecipeError(
             f"softmax.match {', '.join(softmax.patterns)!r} matches no attention block; they are named like "
             f"{', '.join(blocks[:3]) or '(the model has none)'}"
+        )
+    modules: dict[str, Any] = dict(denoiser.named_modules())
+    joint = next((name for name in chosen if modules[name].added_kv_proj_dim is not None), None)
+    if joint is not None:
+        raise RecipeError(
+            f"softmax.match {', '.join(softmax.patterns)!r} matches {joint}, which attends to picture and text "
+            "at once; quantizers behind its softmax are not supported: choose other blocks, or leave softmax out"
         )
     return chosen
 

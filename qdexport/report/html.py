@@ -51,7 +51,7 @@ class ReportInputs:
     images: dict[str, list[Path]] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     scales: dict[str, list[float]] = field(default_factory=dict)
-    timesteps: list[int] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
     plan: Plan | None = None
     environment: dict[str, str] = field(default_factory=dict)
 

@@ -62,7 +62,7 @@ class HeatMap:
     factor: float
     layers: tuple[str, ...]
     spans: tuple[float, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     sequential: str
     diverging: str
 
@@ -150,7 +150,7 @@ def difference(first: Path, second: Path) -> Thumbnail:
     return thumbnail(apart.point([min(255, value * DIFFERENCE_GAIN) for value in range(256)] * 3))
 
 
-def heat_map(scales: dict[str, list[float]], timesteps: list[int]) -> HeatMap:
+def heat_map(scales: dict[str, list[float]], timesteps: list[float]) -> HeatMap:
     """Draws scales against timesteps; a layer with one scale is the same at every step.
 
     Args:

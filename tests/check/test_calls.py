@@ -57,6 +57,27 @@ def test_inputs_get_the_networks_dtypes_and_rows() -> None:
     assert fitted["timestep"].dtype == torch.int64
 
 
+def _io_with_residuals() -> IoSpec:
+    io = io_of(2, 2)
+    residual = TensorSpec(name="mid_block_res", role="residual", dtype="float16", dims=io.inputs[0].dims)
+    return io.model_copy(update={"inputs": (*io.inputs, residual)})
+
+
+def test_residuals_that_a_call_lacks_are_zero_and_those_that_a_network_lacks_are_refused() -> None:
+    call = {"sample": torch.ones(2, 1), "timestep": torch.tensor([5])}
+    fitted = fit_inputs(call, _io_with_residuals())
+    assert torch.equal(fitted["mid_block_res"], torch.zeros(2, 1, dtype=torch.float16))
+    given_residual = {**call, "mid_block_res": torch.ones(2, 1)}
+    assert torch.equal(fit_inputs(given_residual, _io_with_residuals())["mid_block_res"], torch.ones(2, 1).half())
+    with pytest.raises(ParityError, match=r"compile it with shapes\.controlnet: true"):
+        fit_inputs(given_residual, io_of(2, 2))
+
+
+def test_a_fraction_is_not_cut_off() -> None:
+    with pytest.raises(ParityError, match=r"asks for timestep 957\.5, and the network was exported for whole numbers"):
+        fit_inputs({"sample": torch.ones(2, 1), "timestep": torch.tensor([957.5])}, io_of(2, 2))
+
+
 def test_a_missing_input_is_named() -> None:
     with pytest.raises(ParityError, match="lacks timestep; it has sample"):
         fit_inputs({"sample": torch.ones(2, 1)}, io_of(2, 2))

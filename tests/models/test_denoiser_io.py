@@ -218,8 +218,9 @@ class TestNamedInputs:
         assert named.keys() == {"sample", "timestep", "encoder_hidden_states", "class_labels", *added}
 
     def test_fractional_timestep(self) -> None:
-        with pytest.raises(ModelError, match=r"timestep 957.5, the .* set timestep_spacing to 'leading'"):
-            self._named(self.sample, torch.tensor(957.5), self.text)
+        named = self._named(self.sample, torch.tensor(957.5, dtype=torch.float64), self.text)
+        assert named["timestep"].dtype == torch.float32
+        assert named["timestep"].tolist() == [957.5]
 
     def test_mixed_timesteps(self) -> None:
         with pytest.raises(ModelError, match=r"mixes the timesteps \[7, 8\]"):

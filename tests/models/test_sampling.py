@@ -245,14 +245,11 @@ def test_progress(tiny_models: dict[str, LoadedModel]) -> None:
     assert ticks == [(number, 6) for number in range(1, 7)]
 
 
-def test_fractional_timesteps_are_refused_where_they_would_be_rounded(
-    tiny_models: dict[str, LoadedModel],
-) -> None:
+def test_fractional_timesteps_are_recorded_as_they_are(tiny_models: dict[str, LoadedModel]) -> None:
     loaded = _with_scheduler(tiny_models["sd"], "EulerDiscreteScheduler", timestep_spacing="linspace")
     assert any(isinstance(step, float) for step in schedule(loaded, 3))
     assert np.isfinite(sample(loaded, _request())).all()  # diffusers' own denoiser takes them
-    with pytest.raises(ModelError, match="the exported network takes whole numbers"):
-        record_calls(loaded, _request())
+    assert [call.timestep for call in record_calls(loaded, _request())] == schedule(loaded, 3)
 
 
 def test_schedule_is_pure(tiny_models: dict[str, LoadedModel]) -> None:
@@ -284,12 +281,15 @@ def test_pipelines_that_start_from_a_picture(tiny_models: dict[str, LoadedModel]
         sample(dataclasses.replace(loaded, pipeline=pipeline), _request())
 
 
-def test_classes_that_no_pipeline_passes(tiny_models: dict[str, LoadedModel]) -> None:
-    loaded = dataclasses.replace(
-        tiny_models["unet2d"], denoiser=random_unet("tiny_unet2d", num_class_embeds=3)
-    )
-    with pytest.raises(ModelError, match="needs class labels, which DDIMPipeline does not pass"):
-        sample(loaded, _request())
+def test_classes_that_no_pipeline_passes_come_from_the_seeds(tiny_models: dict[str, LoadedModel]) -> None:
+    loaded = dataclasses.replace(tiny_models["unet2d"], denoiser=random_unet("tiny_unet2d", num_class_embeds=50))
+    together = record_calls(loaded, _request())
+    labels = together[0].inputs["class_labels"]
+    assert labels.dtype == torch.int64
+    assert len(set(labels.tolist())) > 1
+    assert all(torch.equal(call.inputs["class_labels"], labels) for call in together)
+    alone = [record_calls(loaded, _request(seed=seed, prompts=("",)))[0].inputs["class_labels"] for seed in range(3)]
+    assert torch.equal(torch.cat(alone), labels)
 
 
 @pytest.mark.parametrize("changes", [{"prompts": ()}, {"batch_size": 0}])

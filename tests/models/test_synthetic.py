@@ -11,7 +11,7 @@ from qdexport.core.recipe import Shapes
 from qdexport.errors import ModelError
 from qdexport.models.denoiser import call_denoiser, example_inputs, io_spec
 from qdexport.models.load import load_model
-from qdexport.models.synthetic import CONFIGS, empty_unet, random_unet
+from qdexport.models.synthetic import empty_unet, random_unet
 from qdexport.models.tiny import TinyOptions, save_tiny_pipeline
 
 
@@ -24,6 +24,11 @@ from qdexport.models.tiny import TinyOptions, save_tiny_pipeline
         ("medium", 50_349_060),
         ("ddpm_cifar10", 35_746_307),
         ("ldm_uncond", 274_056_163),
+        ("sdxl-turbo", 2_567_463_684),
+        ("lcm", 859_602_884),
+        ("dit", 749_826_464),
+        ("pixart", 610_856_096),
+        ("sd3", 2_028_328_000),
     ],
 )
 def test_sizes_of_the_published_models(name: str, parameters: int) -> None:
@@ -32,7 +37,12 @@ def test_sizes_of_the_published_models(name: str, parameters: int) -> None:
     assert {p.device.type for p in unet.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("tiny")])
+def test_flux_blocks_are_those_of_the_published_model() -> None:
+    whole = empty_unet("flux-blocks", num_layers=19, num_single_layers=38)
+    assert sum(p.numel() for p in whole.parameters()) == 11_901_408_320
+
+
+@pytest.mark.parametrize("name", ["tiny_sd", "tiny_sd21", "tiny_sdxl", "tiny_lcm", "tiny_unet2d", "tiny_class"])
 def test_tiny_models_have_every_feature(name: str) -> None:
     unet = empty_unet(name)
     assert sum(p.numel() for p in unet.parameters()) < 1_000_000

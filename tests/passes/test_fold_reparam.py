@@ -272,8 +272,8 @@ def test_values_of_attention(graphs, noise, kind, bos):
     assert ran.report.notes == {"to_out.0": f"1 / r folded into {makers}"}
     weight = ran.node("to_v.weight_quantizer/DequantizeLinear")
     assert weight.inputs[0] is codes
-    assert scaled_for(ran.node("to_v/MatMul")) == ("to_out.0", 0)
-    assert scaled_for(ran.node("to_k/MatMul")) is None
+    assert scaled_for(ran.node("to_v/MatMul")) == [("to_out.0", 0)]
+    assert scaled_for(ran.node("to_k/MatMul")) == []
     check(ran, kind, ["to_out.0"], feeds)
     np.testing.assert_array_equal(ran.before[0]["y2"], ran.after[0]["y2"])  # another reader of the FP weight
 
@@ -347,7 +347,7 @@ def test_the_value_half_of_a_gated_layer(graphs, noise, kind, value):
     ran = graphs.run(model, FoldReparam(), feeds)
     assert scales_left(ran.model) == []
     assert ran.report.notes == {"ff.net.2": "1 / r folded into ff.net.0.proj"}
-    assert scaled_for(ran.node("ff.net.0.proj/MatMul")) == ("ff.net.2", 0 if value == "first" else 8)
+    assert scaled_for(ran.node("ff.net.0.proj/MatMul")) == [("ff.net.2", 0 if value == "first" else 8)]
     scale = ran.node("ff.net.0.proj.weight_quantizer/DequantizeLinear").inputs[1].const_value.numpy()
     bias = ran.node("ff.net.0.proj/Add").inputs[1].const_value.numpy()
     scaled, kept = (slice(0, 8), slice(8, 16)) if value == "first" else (slice(8, 16), slice(0, 8))
@@ -379,7 +379,7 @@ def test_a_convolution_in_front_of_a_convolution(graphs, noise, kind):
     model = graphs.model_of("float[2,2,5,5] x", "float[2,3,5,5] y", "\n".join(lines), constants)
     ran = graphs.run(model, FoldReparam(), feeds)
     assert ran.report.notes == {"b": "1 / r folded into a"}
-    assert scaled_for(ran.node("a/Conv")) == ("b", 0)
+    assert scaled_for(ran.node("a/Conv")) == [("b", 0)]
     check(ran, kind, ["b"], feeds)
 
 
@@ -459,4 +459,83 @@ def test_batches_of_unknown_size(graphs, noise, tokens):
     model = graphs.model_of("float[n,t,6] x, float[n,2,u,t] p", "float[n,u,3] y", "\n".join(lines), constants)
     ran = graphs.run(model, FoldReparam(), attention_feeds(noise))
     assert ran.report.touched == ["to_out.0"]
+    ran.assert_equal()
+
+
+def modulated(graphs, noise, kind, *, second_reader=False, table=False):
+    """adaLN: a norm times ``1 + s`` plus ``b``, which are rows 8 to 15 and 0 to 7 of a quantized modulation, or columns
+    of a table.
+    """
+    row = ['["time_table/Gather"] m = Gather<axis: int = 0>(rows, t)'] if table else [
+        *quantized(graphs, "norm1.linear", "c", "m0", scale="sc"),
+        '["norm1.linear/Add"] m = Add(m0, mb)',
+    ]  # fmt: skip
+    lines = [
+        *row,
+        '["norm1/Split"] shift, stretch, gate = Split<axis: int = 1>(m, widths)',
+        '["norm1/Unsqueeze"] s1 = Unsqueeze(stretch, one)',
+        '["norm1/Add"] s2 = Add(s1, unit)',
+        '["norm1.norm/LayerNormalization"] n = LayerNormalization<axis: int = -1>(x, gamma)',
+        '["norm1/Mul"] ns = Mul(n, s2)',
+        '["norm1/Unsqueeze_1"] b1 = Unsqueeze(shift, one)',
+        '["norm1/Add_1"] a = Add(ns, b1)',
+        '["to_q.channel_scale/Mul"] aq = Mul(a, inv)',
+        *quantized(graphs, "to_q", "aq", "y1"),
+        '["gate/Identity"] y2 = Identity(gate)',
+        *(['["other/Neg"] y3 = Neg(n)'] if second_reader else []),
+    ]
+    scale = 2.0 ** -noise.integers(6, 9, 24).astype(np.float64)  # with integers below: sums are exact
+    constants = {
+        **STATIC, "sc": np.float32([2.0**-4]), "inv": inverse_of(noise, 8, kind), "one": np.array([1], np.int64),
+        "unit": np.float32(1), "gamma": np.ones(8, np.float32), "widths": np.array([8, 8, 8], np.int64),
+        **weights(graphs, noise, "to_q", 8, 4),
+    }  # fmt: skip
+    if table:
+        constants["rows"] = noise.normal(size=(4, 24)).astype(np.float32)
+    else:
+        constants |= graphs.weight_constants("norm1_linear_w", noise.integers(-128, 128, (6, 24)), scale)
+        constants["mb"] = noise.integers(-4, 5, 24).astype(np.float32)
+    inputs = "float[2,5,8] x, " + ("int64[1] t" if table else "float[2,6] c")
+    rows = 1 if table else 2
+    outputs = f"float[2,5,4] y1, float[{rows},8] y2" + (", float[2,5,8] y3" if second_reader else "")
+    return graphs.model_of(inputs, outputs, "\n".join(lines), constants)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("second_reader", [False, True])
+def test_a_modulated_norm(graphs, noise, kind, second_reader):
+    feeds = {"x": noise.normal(size=(2, 5, 8)).astype(np.float32), "c": noise.normal(size=(2, 6)).astype(np.float32)}
+    ran = graphs.run(modulated(graphs, noise, kind, second_reader=second_reader), FoldReparam(), feeds)
+    assert scales_left(ran.model) == []
+    makers = "norm1, norm1.linear" if second_reader else "norm1.linear, norm1.norm"
+    assert ran.report.notes == {"to_q": f"1 / r folded into {makers}"}
+    # the rows of b, and those of 1 + s where the norm is read by others
+    firsts = [("to_q", 8), ("to_q", 0)] if second_reader else [("to_q", 0)]
+    assert sorted(scaled_for(ran.node("norm1.linear/MatMul"))) == sorted(firsts)
+    check(ran, kind, ["to_q"], feeds)
+    np.testing.assert_array_equal(ran.before[0]["y2"], ran.after[0]["y2"])  # the gate's rows keep their numbers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_modulated_by_a_table(graphs, noise, kind):
+    feeds = {"x": noise.normal(size=(2, 5, 8)).astype(np.float32), "t": np.array([2])}
+    ran = graphs.run(modulated(graphs, noise, kind, table=True), FoldReparam(), feeds)
+    assert scales_left(ran.model) == []
+    assert ran.report.notes == {"to_q": "1 / r folded into norm1.norm, time_table"}
+    check(ran, kind, ["to_q"], feeds)
+    np.testing.assert_array_equal(ran.before[0]["y2"], ran.after[0]["y2"])
+
+
+def test_a_modulation_that_others_read_keeps_the_scale(graphs, noise):
+    model = modulated(graphs, noise, "any")
+    split = next(node for node in model.graph if node.op_type == "Split")
+    reader = ir.node("Identity", [split.outputs[0]], name="other/Identity")
+    reader.outputs[0].name = "y9"
+    reader.outputs[0].type, reader.outputs[0].shape = split.outputs[0].type, split.outputs[0].shape
+    model.graph.append(reader)
+    model.graph.outputs.append(reader.outputs[0])
+    feeds = {"x": noise.normal(size=(2, 5, 8)).astype(np.float32), "c": noise.normal(size=(2, 6)).astype(np.float32)}
+    ran = graphs.run(model, FoldReparam(), feeds)
+    assert scales_left(ran.model) == ["to_q.channel_scale/Mul"]
+    assert "is read by others than norm1/Unsqueeze_1" in ran.report.notes["to_q"]
     ran.assert_equal()

@@ -400,3 +400,69 @@ def test_parts_of_different_types_keep_them(graphs, noise):
     assert set(kinds.values()) == {ir.DataType.FLOAT}
     for before, after in zip(ran.before, ran.after, strict=True):
         np.testing.assert_allclose(after["y"], before["y"], rtol=0.02, atol=0.02)
+
+
+FRACTIONS = (1000.0, 857.142822265625, 400.5)
+
+
+def with_fractions(model):
+    """The same network with a float timestep."""
+    timestep = next(value for value in model.graph.inputs if value.name == "timestep")
+    timestep.dtype = ir.DataType.FLOAT
+    for use in timestep.uses():
+        use.node.outputs[0].dtype = ir.DataType.FLOAT
+    return model
+
+
+def fractional_feeds(noise, steps):
+    x = noise.normal(size=(2, CHANNELS, 4, 4)).astype(np.float32)
+    return [{"x": x, "timestep": np.float32([step])} for step in steps]
+
+
+def test_fractions_find_their_rows(graphs, noise):
+    feeds = fractional_feeds(noise, FRACTIONS)
+    ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(FRACTIONS))
+    assert [node.op_type for node in ran.model.graph][:8] == [
+        "Sub", "Abs", "Sub", "ArgMin", "ReduceMin", "Greater", "Where", "Gather",
+    ]  # fmt: skip
+    ran.assert_equal()
+
+
+def test_fractions_rounded_by_a_pipeline_find_their_rows_and_others_do_not(graphs, noise):
+    rounded = [float(np.float16(step)) for step in FRACTIONS]
+    assert rounded[1] != FRACTIONS[1]
+    x = fractional_feeds(noise, [0])[0]["x"]
+    feeds = [{"x": x, "timestep": np.float32([step])} for step in (*FRACTIONS, *rounded, FRACTIONS[1] + 2, 0.0)]
+    ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(FRACTIONS))
+    for exact, near in zip(ran.after[:3], ran.after[3:6], strict=True):
+        np.testing.assert_array_equal(near["y"], exact["y"])
+    assert all(np.isnan(item["y"]).all() for item in ran.after[6:])
+
+
+def test_fractions_that_rounding_would_mix_up(graphs, noise):
+    near = (1000.0, 998.5, 400.5)
+    with pytest.raises(GraphPassError, match=r"timesteps 998.5 and 1000.0 are too near to be told apart"):
+        FoldTimeEmbedding().apply(with_fractions(unet(graphs, noise)), graphs.context_of(near), None)
+
+
+def test_fractions_need_a_float_timestep(graphs, noise):
+    with pytest.raises(GraphPassError, match=r"timestep 400.5 is a fraction"):
+        FoldTimeEmbedding().apply(unet(graphs, noise), graphs.context_of((981, 400.5)), None)
+
+
+def test_a_reshape_to_the_batch_keeps_one_row(graphs, noise):
+    """PixArt repeats the timestep for the batch and reshapes what it makes of it to one row per sample."""
+    embedding = '["adaln/Expand"] expanded = Expand(timestep, two)' + EMBEDDING.replace("(timestep, ", "(expanded, ")
+    projections = """
+["adaln.linear/MatMul"] e1 = MatMul(emb, w2)
+["block/Reshape"] e14 = Reshape(e1, per_sample)
+["block/Add"] h = Add(x, e14)
+["block/Split"] a, b = Split<axis: int = 1, num_outputs: int = 2>(e14)
+["block/Concat"] swapped = Concat<axis: int = 1>(b, a)
+["block/Mul"] y = Mul(h, swapped)
+"""
+    constants = {"two": np.array([2]), "per_sample": np.array([2, CHANNELS, 1, 1])}
+    model = unet(graphs, noise, embedding=embedding, projections=projections, **constants)
+    ran = graphs.run(model, FoldTimeEmbedding(), feeds_of(noise), graphs.context_of(STEPS))
+    assert not {"Expand", "MatMul"} & {node.op_type for node in ran.model.graph}
+    ran.assert_equal()

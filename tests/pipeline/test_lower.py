@@ -16,9 +16,10 @@ from qdexport.core.recipe import load_recipe
 from qdexport.core.spec import layer_precision
 from qdexport.core.target import TARGETS
 from qdexport.emit.coverage import onnx_coverage
+from qdexport.errors import RecipeError
 from qdexport.models.load import loaded_from_denoiser
 from qdexport.models.synthetic import random_unet
-from qdexport.pipeline.lower import lower_to_onnx
+from qdexport.pipeline.lower import lower_to_onnx, network_facts
 from qdexport.pipeline.quantize import plan_model
 from qdexport.quant.attach import quantize_model
 from qdexport.quant.bos import Bos
@@ -97,3 +98,15 @@ def test_a_zeroed_prompt_and_an_unknown_one(compiled):
     (unknown,) = session.run(None, feeds)
     np.testing.assert_array_equal(unknown[0], known[0])
     assert np.isnan(unknown[1]).all()
+
+
+def test_fractional_timesteps_have_no_table_of_all():
+    recipe = load_recipe("w8a8", {"time_embedding": "all", "shapes.tokens": 4})
+    loaded = loaded_from_denoiser(random_unet("tiny_sd3"), name="flow")
+    plans = plan_model(loaded, recipe)
+    keys = [key for plan in plans for key in activation_keys(plan)]
+    ends = {key: torch.ones(1) for key in keys}
+    ranges = ActivationRanges(low={key: -end for key, end in ends.items()}, high=ends, timesteps=(1000.0, 400.5))
+    model = quantize_model(loaded, plans, recipe, ranges)
+    with pytest.raises(RecipeError, match="`time_embedding: all` has a row for every whole timestep"):
+        network_facts(model, TARGETS["tensorrt-rtx"])

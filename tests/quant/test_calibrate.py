@@ -273,8 +273,8 @@ def test_timestep_outside_the_schedule(
 def test_fractional_timesteps(tmp_path: Path) -> None:
     options = TinyOptions(scheduler="EulerDiscreteScheduler")
     model = load_model(save_tiny_pipeline(tmp_path / "euler", "sd", options))
-    with pytest.raises(ModelError, match="fractional timestep"):
-        schedule_timesteps(model, Calibration(steps=7))
+    steps = schedule_timesteps(model, Calibration(steps=7))
+    assert steps == (999, 832.5, 666, 499.5, 333, 166.5, 0)
 
 
 def test_second_order_samplers_share_the_row_of_a_timestep(tmp_path: Path, make_recipe: MakeRecipe) -> None:

@@ -128,6 +128,26 @@ def test_one_row_per_sample() -> None:
     assert context.row.tolist() == [1, 0, 1]
 
 
+def test_fractional_timesteps_take_the_nearest_row() -> None:
+    context = StepContext()
+    rows = StepRows((1000.0, 857.14, 400.5), 1000, context)
+    for timestep, row in ((1000.0, 0), (857.0, 1), (600.0, 2), (0.0, 2)):
+        rows(torch.tensor([timestep]))
+        assert context.row is not None
+        assert context.row.tolist() == [row], timestep
+    StepRows((1000.0, 750.0), 1000, context, unit=1000.0)(torch.tensor([0.75]))
+    assert context.row.tolist() == [1]
+    with pytest.raises(ModelError, match=r"outside the training range 0\.\.1000"):
+        rows(torch.tensor([1001.0]))
+
+
+def test_a_timestep_expanded_to_the_batch_is_one() -> None:
+    context = StepContext()
+    StepRows([901, 601], 1000, context)(torch.tensor([601]).expand(4))
+    assert context.row is not None
+    assert context.row.tolist() == [1]
+
+
 @pytest.mark.parametrize("timestep", [1000, -1])
 def test_timestep_outside_the_training_range(timestep: int) -> None:
     with pytest.raises(ModelError, match=r"outside the training range 0\.\.999"):

@@ -18,6 +18,7 @@ from qdexport.graph import evaluate
 from qdexport.graph.dialect import LOG2_ZERO
 from qdexport.models.denoiser import call_denoiser, example_inputs, io_spec
 from qdexport.models.load import LoadedModel
+from qdexport.models.synthetic import random_unet
 from qdexport.quant.affine import fake_quantize_reference, log2_codes, log2_fake_quantize
 from qdexport.quant.attach import shared_copy
 from qdexport.quant.calibrate import observe
@@ -380,3 +381,10 @@ def test_probabilities_are_observed(tiny: LoadedModel, make_recipe: MakeRecipe) 
     found = observations.softmax_parameters(settings)[name]
     assert found.bits == 4
     assert torch.equal(found.scale, (observer.high / 15).float())
+
+
+def test_joint_attention_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"matches transformer_blocks.0.attn, which attends to picture and text"):
+        attention_names(random_unet("tiny_sd3"), SoftmaxQuant())
+    alone = attention_names(random_unet("tiny_sd3"), SoftmaxQuant(match="*.attn2"))
+    assert alone == ["transformer_blocks.0.attn2"]

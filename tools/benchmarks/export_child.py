@@ -100,7 +100,7 @@ def export_quantized(loaded: LoadedModel, settings: ExportSettings, costs: dict[
     Raises:
         QdExportError: the recipe does not fit the model, or a stage failed.
     """
-    from benchmarks.synthetic import ddim_timesteps, synthetic_plans, synthetic_ranges
+    from benchmarks.synthetic import synthetic_plans, synthetic_ranges, usual_timesteps
     from qdexport.pipeline.lower import lower_to_onnx
     from qdexport.quant.attach import quantize_model
     from qdexport.quant.plan import average_weight_bits, macs_share
@@ -108,7 +108,8 @@ def export_quantized(loaded: LoadedModel, settings: ExportSettings, costs: dict[
     recipe = settings.recipe
     with measured(costs, "quantize"):
         plans = synthetic_plans(loaded, recipe, settings.seed)
-        ranges = synthetic_ranges(loaded, plans, recipe, ddim_timesteps(settings.steps), settings.seed)
+        timesteps = usual_timesteps(loaded.denoiser, settings.steps)
+        ranges = synthetic_ranges(loaded, plans, recipe, timesteps, settings.seed)
         model = quantize_model(loaded, plans, recipe, ranges)
     with measured(costs, "export"):
         passes = _naive_passes() if settings.naive else None

@@ -1,16 +1,16 @@
-"""Random denoisers and recipes through the whole compiler: what is drawn, and what must hold for each."""
+"""Random denoisers and recipes through the whole compiler: what must hold for each draw."""
 
 from __future__ import annotations
 
 import hashlib
-import random
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
+from benchmarks.fuzz_draws import STEPS, Draw, draw
 from benchmarks.scale import audited
-from benchmarks.synthetic import ddim_timesteps, synthetic_plans, synthetic_ranges
+from benchmarks.synthetic import synthetic_plans, synthetic_ranges, usual_timesteps
 from qdexport.build.audit import audit
 from qdexport.build.engine import BuildOptions, build_engine
 from qdexport.check.calls import check_calls
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checked", "Draw", "FuzzError", "check_draw", "draw"]
 
-_STEPS = 4
 # A wrong wire makes outputs independent: -3 dB. Between passes the graph has an FP32 body, where passes give the same
 # numbers but for the order of sums (above 100 dB), and less only where that flips a code. In FP16 rounding alone flips
 # so many that networks of two bits come down to 10 dB. Whether codes are equal is for the comparison of layers to say.
@@ -51,112 +50,6 @@ _LEAST_WHOLE_DB = 10.0
 
 class FuzzError(Exception):
     """A draw broke a promise; the message says which."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
-    """One random case.
-
-    Attributes:
-        seed: makes it again.
-        model: name of a synthetic configuration.
-        changes: entries that replace the configuration's.
-        recipe: as a mapping.
-    """
-
-    seed: int
-    model: str
-    changes: dict[str, Any]
-    recipe: dict[str, Any]
-
-    def __str__(self) -> str:
-        return f"seed {self.seed}: {self.model} {self.changes} {self.recipe}"
-
-
-def draw(seed: int, *, small: bool = False) -> Draw:
-    """A denoiser with attention, shortcuts and a time path, and a recipe that fits it.
-
-    Args:
-        seed: makes the same case again.
-        small: two levels of one layer each, for tests.
-    """
-    source = random.Random(seed)
-    model = source.choice(["tiny_sd", "tiny_sd", "tiny_sdxl", "tiny_unet2d"])
-    levels = 2 if small else source.choice([2, 2, 3])
-    layers = 1 if small else source.choice([1, 1, 2])
-    changes = _changes(source, model, levels)
-    changes["layers_per_block"] = layers
-    return Draw(seed=seed, model=model, changes=changes, recipe=_recipe(source, model, seed))
-
-
-def _changes(source: random.Random, model: str, levels: int) -> dict[str, Any]:
-    widths = tuple(source.choice([16, 24, 32, 48]) for _ in range(levels))
-    changes: dict[str, Any] = {
-        "block_out_channels": widths,
-        "norm_num_groups": source.choice([4, 8]),
-        "sample_size": source.choice([8, 12]),
-        "act_fn": source.choice(["silu", "silu", "gelu"]),
-        "resnet_time_scale_shift": source.choice(["default", "default", "scale_shift"]),
-    }
-    cross = model != "tiny_unet2d"
-    down, up = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if cross else ("AttnDownBlock2D", "AttnUpBlock2D")
-    attended = [source.random() < 0.6 for _ in range(levels)]
-    attended[source.randrange(levels)] = True
-    changes["down_block_types"] = tuple(down if here else "DownBlock2D" for here in attended)
-    changes["up_block_types"] = tuple(up if here else "UpBlock2D" for here in reversed(attended))
-    if cross:
-        changes["attention_head_dim"] = tuple(source.choice([2, 4]) for _ in range(levels))
-        changes["use_linear_projection"] = source.random() < 0.5
-        changes["transformer_layers_per_block"] = tuple(source.choice([1, 1, 2]) for _ in range(levels))
-        changes["cross_attention_dim"] = source.choice([16, 24, 32])
-    else:
-        changes["attention_head_dim"] = source.choice([4, 8])
-    return changes
-
-
-def _recipe(source: random.Random, model: str, seed: int) -> dict[str, Any]:
-    body = source.choice(["fp32", "fp32", "fp16"])
-    recipe: dict[str, Any] = {
-        "name": f"fuzz-{seed}",
-        "body": body,
-        "rules": [{"match": "*", **_quantizers(source)}],
-        "activation_rows": source.choice(["static", "static", "per_step", {"method": "uniform", "count": 2}]),
-        "time_embedding": source.choice(["steps", "steps", "all", "keep"]),
-        "split_shortcuts": source.random() < 0.5,
-        "allow_re_rounding": source.random() < 0.3,
-        "int4_storage": source.choice(["auto", "auto", "never"]),
-        "shapes": {"batch": source.choice([1, 2, 2, 3])},
-        "calibration": {"steps": _STEPS, "prompts": 2},
-    }
-    if source.random() < 0.5:
-        recipe["rules"].append({"match": source.choice(["*.ff.*", "*.resnets.*", "conv_in"]), **_quantizers(source)})
-        if model == "tiny_unet2d":
-            recipe["rules"][-1]["match"] = source.choice(["*.resnets.*", "conv_in"])
-    if source.random() < 0.2:
-        recipe["rules"].append({"match": "conv_out"})
-    if source.random() < 0.4:
-        kinds = source.choice([["conv"], ["conv", "linear"]])
-        recipe["channel_scale"] = {"match": "*", "kinds": kinds, "power_of_two": source.random() < 0.7}
-    if source.random() < 0.4:
-        recipe["softmax"] = {"bits": source.choice([4, 8]), "mode": source.choice(["adaptive", "log2", "uniform"])}
-    if model != "tiny_unet2d" and source.random() < 0.4:
-        recipe["bos"] = "constant"
-    return recipe
-
-
-def _quantizers(source: random.Random) -> dict[str, Any]:
-    symmetric = source.random() < 0.5
-    return {
-        "weight": {
-            "bits": source.choice([8, 8, 8, 6, 5, 4, 3, 2]),
-            "granularity": source.choice(["per_channel", "per_channel", "per_tensor"]),
-        },
-        "activation": {
-            "bits": source.choice([8, 8, 8, 6, 4]),
-            "symmetric": symmetric,
-            "signed": symmetric or source.random() < 0.3,
-        },
-    }
 
 
 @dataclass(slots=True)
@@ -207,7 +100,7 @@ def _quantized(case: Draw) -> QuantizedModel:
     denoiser = random_unet(case.model, seed=case.seed, **case.changes)
     loaded = loaded_from_denoiser(denoiser, name=case.model)
     plans = synthetic_plans(loaded, recipe, case.seed)
-    ranges = synthetic_ranges(loaded, plans, recipe, ddim_timesteps(_STEPS), case.seed)
+    ranges = synthetic_ranges(loaded, plans, recipe, usual_timesteps(denoiser, STEPS), case.seed)
     return quantize_model(loaded, plans, recipe, ranges)
 
 

@@ -75,9 +75,9 @@ class _Trace:
     def __init__(self, images: int) -> None:
         self._images = min(images, _TRACED)
         self.latents: dict[int, np.ndarray] = {}
-        self.timesteps: dict[int, int] = {}
+        self.timesteps: dict[int, float] = {}
 
-    def __call__(self, step: int, timestep: int, inputs: dict[str, Tensor]) -> None:
+    def __call__(self, step: int, timestep: float, inputs: dict[str, Tensor]) -> None:
         if step not in self.latents:
             # with guidance the batch comes twice; the first images are the same latents in both halves
             self.latents[step] = inputs["sample"][: self._images].float().cpu().numpy().copy()

@@ -17,6 +17,7 @@ from qdexport.build.plan import engine_coverage, plan_tensors
 from qdexport.build.plan_cost import plan_cost
 from qdexport.core.cost_model import CARDS
 from qdexport.core.io_spec import IoSpec
+from qdexport.models.configs import CONFIGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,11 +35,15 @@ MODELS = {
     "sd15": "sd15",
     "sd21": "sd21",
     "sdxl": "sdxl",
-    "ddpm_cifar10": "ddpm_cifar10",
-    "ldm_uncond": "ldm_uncond",
-    "tiny_sd": "tiny_sd",
-    "tiny_sdxl": "tiny_sdxl",
-    "tiny_unet2d": "tiny_unet2d",
+    "sdxl-turbo": "sdxl-turbo",
+    "lcm": "lcm",
+    "ddpm": "ddpm_cifar10",
+    "ldm": "ldm_uncond",
+    "dit": "dit",
+    "pixart": "pixart",
+    "sd3": "sd3",
+    "flux-blocks": "flux-blocks",
+    **{name: name for name in CONFIGS if name.startswith("tiny_")},
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qdexport.core.recipe import StepGroups
+from qdexport.models.schedules import timestep_dtype
 from qdexport.pipeline.quantize import plan_model
 from qdexport.quant.bos import Bos
 from qdexport.quant.channel_scale import cut_off
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
     from qdexport.core.spec import LayerPlan
     from qdexport.models.loaded import LoadedModel
 
-__all__ = ["ddim_timesteps", "random_widths", "step_groups", "synthetic_plans", "synthetic_ranges", "varied_ranges"]
+__all__ = [
+    "ddim_timesteps",
+    "random_widths",
+    "step_groups",
+    "synthetic_plans",
+    "synthetic_ranges",
+    "usual_timesteps",
+    "varied_ranges",
+]
 
 _TEXT = "encoder_hidden_states"  # the group of all layers that read the text, which no step changes
 _STEPS_PER_GROUP = 4  # of clustered groups, on average
@@ -43,6 +52,17 @@ def ddim_timesteps(steps: int) -> tuple[int, ...]:
     return tuple(int(timestep) for timestep in scheduler.timesteps)
 
 
+def usual_timesteps(denoiser: nn.Module, steps: int) -> tuple[float, ...]:
+    """A schedule of the denoiser's family, in sampling order: DDIM's, or that of flow matching with a shift of 3."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if timestep_dtype(denoiser) == "int64":
+        return ddim_timesteps(steps)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(steps)
+    return tuple(scheduler.timesteps.tolist())
+
+
 def synthetic_plans(loaded: LoadedModel, recipe: Recipe, seed: int) -> list[LayerPlan]:
     """The recipe's plans; with bit allocation random widths about its targets stand for those of the allocator.
 
@@ -56,7 +76,7 @@ def synthetic_plans(loaded: LoadedModel, recipe: Recipe, seed: int) -> list[Laye
 
 
 def synthetic_ranges(
-    loaded: LoadedModel, plans: Sequence[LayerPlan], recipe: Recipe, timesteps: tuple[int, ...], seed: int
+    loaded: LoadedModel, plans: Sequence[LayerPlan], recipe: Recipe, timesteps: tuple[float, ...], seed: int
 ) -> ActivationRanges:
     """All numbers that the recipe's mechanisms need beside the weights.
 
@@ -95,7 +115,7 @@ def step_groups(recipe: Recipe, steps: int, seed: int) -> tuple[int, ...] | None
 
 
 def varied_ranges(
-    plans: Sequence[LayerPlan], timesteps: tuple[int, ...], *, groups: Sequence[int] | None, seed: int
+    plans: Sequence[LayerPlan], timesteps: tuple[float, ...], *, groups: Sequence[int] | None, seed: int
 ) -> ActivationRanges:
     """A range for every quantized input, none like another.
 

@@ -1,0 +1,80 @@
+"""The timesteps at which a model's scheduler calls the denoiser, as its pipeline would set them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from torch import nn
+
+from qdexport.errors import ModelError
+from qdexport.models.denoiser_classes import FLUX, SD3, config_of, family_of
+from qdexport.models.loaded import LoadedModel
+
+__all__ = ["has_fractions", "scheduler_timesteps", "timestep_dtype"]
+
+_PROBE: Final = 7  # steps: no divisor of 999 or 1000, so that an even spacing has fractions if it may
+# of diffusers' pipelines, where the scheduler's config does not say
+_SHIFTS: Final = {FLUX: (0.5, 1.15), SD3: (0.5, 1.16)}
+
+
+def timestep_dtype(model: LoadedModel | nn.Module) -> str:
+    """`float32` where timesteps are fractions (flow matching, Euler schedules with linear spacing), else `int64`."""
+    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    if family_of(denoiser) in (SD3, FLUX):
+        return "float32"
+    return "float32" if isinstance(model, LoadedModel) and has_fractions(model) else "int64"
+
+
+def has_fractions(loaded: LoadedModel) -> bool:
+    """Whether the model's scheduler may call the denoiser at timesteps that are no whole numbers."""
+    if loaded.scheduler is None:
+        return False
+    counts = {loaded.defaults.steps, _PROBE}
+    return any(isinstance(step, float) for count in counts for step in scheduler_timesteps(loaded, count))
+
+
+def scheduler_timesteps(loaded: LoadedModel, steps: int | None) -> list[int | float]:
+    """The timesteps of a run, one per call of the denoiser; whole numbers as int.
+
+    Args:
+        loaded: A model with a scheduler.
+        steps: Sampler steps; None for the model's usual number.
+
+    Raises:
+        ModelError: The model has no scheduler, or the scheduler refuses the number of steps.
+    """
+    if loaded.scheduler is None:
+        raise ModelError(f"{loaded.name} has no scheduler; give the whole pipeline's folder")
+    # a copy: set_timesteps changes the scheduler that a pipeline may be using
+    scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
+    count = steps or loaded.defaults.steps
+    try:
+        scheduler.set_timesteps(count, **_settings(loaded, scheduler, count))
+    except ValueError as error:
+        raise ModelError(f"{type(scheduler).__name__} cannot sample in {count} steps: {error}") from error
+    return [int(step) if float(step).is_integer() else float(step) for step in scheduler.timesteps.tolist()]
+
+
+def _settings(loaded: LoadedModel, scheduler: Any, count: int) -> dict[str, Any]:
+    """What the pipelines of flow-matching models give `set_timesteps` beside the number of steps."""
+    family, config = family_of(loaded.denoiser), scheduler.config
+    settings: dict[str, Any] = {}
+    if family == FLUX and not config.get("use_flow_sigmas"):
+        settings["sigmas"] = np.linspace(1.0, 1 / count, count)
+    if config.get("use_dynamic_shifting") and family in _SHIFTS:
+        settings["mu"] = _shift(loaded, config, _SHIFTS[family])
+    return settings
+
+
+def _shift(loaded: LoadedModel, config: Any, usual: tuple[float, float]) -> float:
+    """The shift of the noise levels at the model's own size: linear in the number of image tokens."""
+    height, width = loaded.defaults.height, loaded.defaults.width
+    if height is None or width is None:
+        raise ModelError(f"the schedule of {loaded.name} depends on its size, which its config does not say")
+    patch = 2 if family_of(loaded.denoiser) == FLUX else int(config_of(loaded.denoiser)["patch_size"])
+    tokens = (height // patch) * (width // patch)
+    first, last = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", usual[0]), config.get("max_shift", usual[1])
+    slope = (high - low) / (last - first)
+    return float(tokens * slope + low - slope * first)
