@@ -13,6 +13,7 @@ from qdexport.passes.lower_bitwidth import LowerBitwidth
 from qdexport.passes.lower_log2 import LowerLog2
 from qdexport.passes.lower_timestep_scale import LowerTimestepScale
 from qdexport.passes.lower_zero_point import LowerZeroPoint
+from qdexport.passes.merge_projections import MergeProjections
 from qdexport.passes.plain_attention import PlainAttention
 from qdexport.passes.precompute_bos import PrecomputeBos
 from qdexport.passes.sequence_first import SequenceFirst
@@ -34,6 +35,7 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     FoldAdapters,
     FoldReparam,
     PrecomputeBos,
+    MergeProjections,
     LowerLog2,
     LowerZeroPoint,
     LowerTimestepScale,

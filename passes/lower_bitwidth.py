@@ -6,8 +6,8 @@ After:  ``x [-> Cast] [-> Clip(qmin s, qmax s)] -> QuantizeLinear(s) -> Dequanti
 Identity: INT8 saturates at -128 and 127, so a narrower range needs a Clip only; ``rint(clip(x, a s, b s) / s) =
 clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact. This is the portable
 typed form: FP32 scales between casts, which TensorRT 10.0 to 11.4, TensorRT-RTX and ONNX Runtime all compute alike.
-Layers with INT4 weights read the FP32 value directly and cast their product instead
-(:mod:`qdexport.passes.float32_product`).
+Layers with INT4 weights, and merged ones (pass merge-projections), read the FP32 value directly and cast their product
+instead (:mod:`qdexport.passes.float32_product`); the scales of merged ones stand behind the product.
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ from qdexport.graph.query import (
     input_of,
     int_attr,
     is_fake_quantize,
+    is_merged,
     module_of,
 )
-from qdexport.passes.float32_product import multiply_in_float32, stores_int4_codes
+from qdexport.passes.float32_product import (
+    dequantized_weight,
+    multiply_codes,
+    multiply_in_float32,
+    stores_int4_codes,
+)
 
 if TYPE_CHECKING:
     from qdexport.graph.runner import PassContext, PassReport
@@ -84,7 +90,9 @@ def _lower(node: ir.Node) -> None:
     codes = writer.op("QuantizeLinear", [x, scale_value, zero], dtype=ir.DataType.INT8, shape=x.shape)
     restored = writer.op("DequantizeLinear", [codes, scale_value, zero], dtype=ir.DataType.FLOAT, shape=x.shape)
     for item in list(compute_consumers(node.outputs[0])):
-        if stores_int4_codes(item):
+        if is_merged(item) and const_of(dequantized_weight(item), 1).size > 1:
+            multiply_codes(item, restored)
+        elif stores_int4_codes(item):
             multiply_in_float32(item, restored)
     if node.outputs[0].uses() or node.outputs[0].is_graph_output():
         replace_value(node.outputs[0], writer.cast(restored, body))

@@ -35,7 +35,7 @@ from qdexport.graph.query import (
     only_consumer,
     shape_of,
 )
-from qdexport.passes.float32_product import dequantized_weight
+from qdexport.passes.float32_product import codes_alone, dequantized_weight
 
 __all__ = ["UnitScale", "rewrite_unit_scale"]
 
@@ -153,7 +153,7 @@ def _write_epilogue(node: ir.Node, parameters: UnitScale, body: ir.DataType) -> 
     if parameters.correction is None:
         y = first = writer.op("Mul", [product, parameters.scale], dtype=_FLOAT, shape=product.shape)
     else:
-        weight_scale, sums = _codes_alone(node)
+        weight_scale, sums = codes_alone(node)
         shift = _times(writer, "weight_sums", sums.reshape(shape), parameters.correction)
         factor = _times(writer, "weight_scale", weight_scale.reshape(shape), parameters.scale)
         first = writer.op("Add", [product, shift], dtype=_FLOAT, shape=product.shape)
@@ -191,30 +191,6 @@ def _take_bias(node: ir.Node) -> tuple[np.ndarray | None, ir.Node]:
         other = 1 if follower.inputs[0] is node.outputs[0] else 0
         return const_of(follower, other), follower
     return None, node
-
-
-def _codes_alone(node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
-    """Lets the layer multiply bare weight codes; returns what that took away, both float64 per output channel.
-
-    Returns:
-        The weight scales (one, or one per channel), and the sums of the codes.
-    """
-    weight = dequantized_weight(node)
-    codes, scale = const_of(weight, 0), const_of(weight, 1).astype(np.float64).reshape(-1)
-    writer = NodeWriter(node, module_of(weight))
-    transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not int_attr(node, "transB", 0))
-    axis = 1 if transposed else 0
-    # one scale is enough for INT8; the RTX builder takes INT4 codes with a scale per channel only
-    per_channel = input_of(weight, 0).dtype == ir.DataType.INT4
-    units, attributes = ((codes.shape[axis],), {"axis": axis}) if per_channel else ((), {})
-    unit, zero = (
-        writer.constant("unit", np.ones(units, np.float32)),
-        writer.constant("zero", np.zeros(units, codes.dtype)),
-    )
-    operands = [input_of(weight, 0), unit, zero]
-    node.replace_input_with(1, writer.op("DequantizeLinear", operands, attributes, dtype=_FLOAT, shape=codes.shape))
-    sums = codes.astype(np.int64).sum(axis=tuple(i for i in range(codes.ndim) if i != axis))
-    return np.broadcast_to(scale, sums.shape), sums.astype(np.float64)
 
 
 def _joined(a: ir.Value, b: ir.Value) -> ir.Shape:

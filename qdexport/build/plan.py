@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from qdexport.core.layer_names import node_names
 from qdexport.core.results import KernelFact, Plan
 from qdexport.errors import BuildError
 
@@ -192,8 +193,8 @@ def engine_coverage(plan: Plan, layers: Sequence[str]) -> dict[str, str]:
     """
     by_node: dict[str, list[KernelFact]] = {}
     for kernel in plan.kernels:
-        for node in kernel.nodes:
-            by_node.setdefault(node, []).append(kernel)
+        for name in (name for node in kernel.nodes for name in node_names(node)):
+            by_node.setdefault(name, []).append(kernel)
     found: dict[str, str] = {}
     for layer in layers:
         kernels = [kernel for op in ("Conv", "MatMul", "Gemm") for kernel in by_node.get(f"{layer}/{op}", ())]
@@ -225,7 +226,7 @@ def _kernel(index: int, line: str) -> KernelFact:
         outputs=[str(tensor) for tensor in _tensors(body, "Outputs", constant=False)],
         tactic=tactic["tactic"] if tactic else "",
         nodes=nodes,
-        modules=list(dict.fromkeys(module_of(node) for node in nodes)),
+        modules=list(dict.fromkeys(module_of(name) for node in nodes for name in node_names(node))),
     )
 
 

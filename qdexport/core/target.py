@@ -25,6 +25,7 @@ class Target:
         bodies: floating-point types of the rest of the network.
         group_norm_elements: a GroupNorm is written out while a group has at most so many elements (0: never).
         sequence_first: whether attention reads heads of tokens [length, batch, width] without a copy.
+        merge_projections: whether one product of layers that read one tensor takes fewer kernels than its own merging.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Target:
     bodies: tuple[str, ...]
     group_norm_elements: int = 0
     sequence_first: bool = False
+    merge_projections: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -56,6 +58,7 @@ TARGETS: dict[str, Target] = {
         # where the operator makes three; five at 40,960
         group_norm_elements=31_000,
         sequence_first=True,
+        merge_projections=True,
     ),
     "tensorrt": Target(
         name="tensorrt",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from qdexport.core.layer_names import node_names
 from qdexport.graph.query import COMPUTE_OPS, const_or_none
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def onnx_coverage(path: Path, layers: Iterable[LayerPlan]) -> dict[str, str]:
         Cast are no ``int4``: a builder then multiplies in the type of the Cast.
     """
     model = ir.load(path)
-    nodes = {node.name: node for node in model.graph if node.op_type in COMPUTE_OPS}
+    nodes = {name: node for node in model.graph if node.op_type in COMPUTE_OPS for name in node_names(node.name or "")}
     coverage = {}
     for layer in layers:
         for part in layer.parts:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from qdexport.core.layer_names import layers_of, node_names
 from qdexport.errors import ParityError
 from qdexport.graph.query import COMPUTE_OPS, const_or_none, int_attr, ints_attr, only_consumer, value_name
 
@@ -69,12 +70,14 @@ class LayerProbe(Probe):
         pads: ONNX padding of ``x`` (all axes, begins and then ends) before the codes; empty without padding.
         weight: the integer initializer of its weight.
         weight_transposed: whether that is ``[K, N]``, torch's weight transposed.
+        rows: the layer's output features, first and end, in a weight that holds those of several; None for its own.
     """
 
     node: ir.Node
     pads: tuple[int, ...]
     weight: ir.Value
     weight_transposed: bool
+    rows: tuple[int, int] | None = None
 
 
 def find_softmax_probes(model: ir.Model, names: Iterable[str]) -> dict[str, Probe]:
@@ -118,7 +121,7 @@ def find_probes(model: ir.Model, names: Iterable[str]) -> dict[str, LayerProbe]:
     Raises:
         ParityError: a layer has no such node, or an operand of it is not quantized; the layer is named.
     """
-    nodes = {node.name: node for node in model.graph if node.op_type in COMPUTE_OPS}
+    nodes = {name: node for node in model.graph if node.op_type in COMPUTE_OPS for name in node_names(node.name or "")}
     probes = {}
     for name in names:
         node = next((nodes[key] for op in sorted(COMPUTE_OPS) if (key := f"{name}/{op}") in nodes), None)
@@ -140,7 +143,8 @@ def weight_codes(probe: LayerProbe) -> np.ndarray:
         )
     if probe.weight.dtype == ir.DataType.INT4:
         codes = codes.astype(np.int8)
-    return codes.T if probe.weight_transposed else codes
+    codes = codes.T if probe.weight_transposed else codes
+    return codes if probe.rows is None else codes[slice(*probe.rows)]
 
 
 def build_probe(model: ir.Model, probes: Sequence[Probe]) -> ir.Model:
@@ -181,16 +185,35 @@ def _in_quantizer(node: ir.Node) -> bool:
 def _probe(name: str, node: ir.Node) -> LayerProbe:
     x, codes, pads = _walk_to_input(name, node)
     weight, transposed = _walk_to_weight(name, node)
+    y, rows = _part_of(name, node, _walk_to_output(_module(node), node))
     return LayerProbe(
         name=name,
         node=node,
         x=x,
         codes=codes,
-        y=_walk_to_output(name, node),
+        y=y,
         pads=pads,
         weight=weight,
         weight_transposed=transposed,
+        rows=rows,
     )
+
+
+def _part_of(name: str, node: ir.Node, y: ir.Value) -> tuple[ir.Value, tuple[int, int] | None]:
+    """The layer's own output and its features, where a product computes several layers."""
+    layers = layers_of(_module(node))
+    if len(layers) == 1:
+        return y, None
+    split = y.producer()
+    widths = None if split is None or split.op_type != "Split" else const_or_none(split.inputs[1])
+    if split is None or widths is None or len(widths) != len(layers):
+        raise ParityError(
+            f"layer {name} is computed by {node.name}, behind which the ONNX file has no Split with an output for each "
+            "of its layers; export the model again"
+        )
+    index = layers.index(name)
+    first = int(widths[:index].sum())
+    return split.outputs[index], (first, first + int(widths[index]))
 
 
 def _walk_to_input(name: str, node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, ...]]:
@@ -237,11 +260,11 @@ def _walk_to_weight(name: str, node: ir.Node) -> tuple[ir.Value, bool]:
     return value, transposed
 
 
-def _walk_to_output(name: str, node: ir.Node) -> ir.Value:
+def _walk_to_output(module: str, node: ir.Node) -> ir.Value:
     value = node.outputs[0]
     while True:
         reader = only_consumer(value)
-        if reader is None or _module(reader) != name:
+        if reader is None or _module(reader) != module:
             return value
         value = reader.outputs[0]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from qdexport.core.layer_names import layers_of
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, LAYER_KEY, SCALED_FOR_KEY, SEQUENCE_FIRST_KEY
 
@@ -24,6 +25,7 @@ __all__ = [
     "int_attr",
     "ints_attr",
     "is_fake_quantize",
+    "is_merged",
     "module_of",
     "only_consumer",
     "scaled_for",
@@ -123,6 +125,11 @@ def sequence_first(node: ir.Node) -> bool:
 def is_fake_quantize(node: ir.Node | None) -> bool:
     """Whether a node is ``qdexport::FakeQuantize``."""
     return node is not None and node.domain == DOMAIN and node.op_type == FAKE_QUANTIZE
+
+
+def is_merged(node: ir.Node) -> bool:
+    """Whether a product computes several layers (pass merge-projections)."""
+    return len(layers_of(module_of(node))) > 1
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:

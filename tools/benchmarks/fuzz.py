@@ -44,8 +44,8 @@ __all__ = ["Checked", "Draw", "FuzzError", "check_draw", "draw"]
 
 _STEPS = 4
 # A wrong wire makes outputs independent: -3 dB. Between passes the graph has an FP32 body, where passes give the same
-# numbers but for the order of sums (above 100 dB), and less only where that flips a code. In FP16 rounding alone flips so
-# many that networks of two bits come down to 10 dB. Whether codes are equal is for the comparison of layers to say.
+# numbers but for the order of sums (above 100 dB), and less only where that flips a code. In FP16 rounding alone flips
+# so many that networks of two bits come down to 10 dB. Whether codes are equal is for the comparison of layers to say.
 _LEAST_WHOLE_DB = 10.0
 
 
