@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qdexport.core.files import digest_of
-from qdexport.core.spec import QuantSpec
+from qdexport.core.spec import Granularity, QuantSpec
 from qdexport.errors import RecipeError
 
 __all__ = [
@@ -69,7 +69,10 @@ class _Matching(_Part):
 
 
 class Rule(_Matching):
-    """Which layers get which quantizers; the last rule that matches a layer wins."""
+    """Which layers get which quantizers; the last rule that matches a layer wins.
+
+    ``weight`` alone is weight-only: codes are stored, and the product is computed in the type of the body.
+    """
 
     match: str | tuple[str, ...]
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
@@ -78,15 +81,34 @@ class Rule(_Matching):
 
     @model_validator(mode="after")
     def _check(self) -> Rule:
-        if (self.weight is None) != (self.activation is None):
-            raise ValueError(
-                "a rule needs both weight and activation, or neither (then the layer stays in floating point)"
-            )
-        if self.weight is not None and not self.weight.symmetric:
+        weight, activation = self.weight, self.activation
+        if weight is None:
+            if activation is not None:
+                raise ValueError(
+                    "a rule with activation needs weight too (weight alone is weight-only, neither is floating point)"
+                )
+            return self
+        if not weight.symmetric:
             raise ValueError("weights are quantized symmetrically: set weight.symmetric to true")
-        if self.activation is not None and self.activation.granularity != "per_tensor":
+        if activation is None:
+            if weight.format != "int":
+                raise ValueError(f"format {weight.format} needs activation of the same format; weight-only has int")
+            return self
+        if activation.granularity != "per_tensor":
             raise ValueError("activations have one scale per tensor: remove activation.granularity")
+        if weight.format != activation.format:
+            raise ValueError(f"weight is {weight.format} and activation {activation.format}: a product has one format")
+        if weight.granularity is Granularity.PER_BLOCK:
+            raise ValueError(
+                "weights with a scale per block are weight-only (no builder multiplies them with quantized inputs): "
+                "remove activation, or use granularity: per_channel"
+            )
         return self
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether the rule stores weights as codes and leaves the product in floating point."""
+        return self.weight is not None and self.activation is None
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether a layer with this module path and kind is meant."""
@@ -237,6 +259,20 @@ class Recipe(_Part):
     shapes: Shapes = Shapes()
     compute_capabilities: tuple[str, ...] | None = None
     validation: Validation = Validation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.bit_allocation is not None:
+            number, rule = next(
+                ((n, r) for n, r in enumerate(self.rules, 1) if r.weight_only or (r.weight and r.weight.format != "int")),
+                (0, None),
+            )
+            if rule is not None:
+                raise ValueError(
+                    f"bit_allocation chooses widths of integer weights and activations, and rule {number} has neither an "
+                    "activation nor integers; remove bit_allocation, or give that rule both as int"
+                )
+        return self
 
     def digest(self) -> str:
         """A SHA-256 over everything the recipe says."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from qdexport.core.spec import LayerPlan
 
-__all__ = ["onnx_coverage"]
+__all__ = ["onnx_coverage", "onnx_weight_types"]
 
 # what may stand between a DequantizeLinear and the layer, or between a constant and its DequantizeLinear
 _PASSIVE = frozenset({"Cast", "Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
@@ -46,6 +46,19 @@ def onnx_coverage(path: Path, layers: Iterable[LayerPlan]) -> dict[str, str]:
             else:
                 coverage[part] = _compute_type(node)
     return coverage
+
+
+def onnx_weight_types(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The type that the weight of each named layer is stored in, from the file alone; ``missing`` without the layer's
+    node, ``float`` where the weight is no constant behind a DequantizeLinear.
+    """
+    model = ir.load(path)
+    nodes = {node.name: node for node in model.graph if node.op_type in COMPUTE_OPS}
+    found = {}
+    for name in names:
+        node = next((nodes[key] for op in COMPUTE_OPS if (key := f"{name}/{op}") in nodes), None)
+        found[name] = "missing" if node is None else _narrow_type(node.inputs[1]) or "float"
+    return found
 
 
 def _compute_type(node: ir.Node) -> str:

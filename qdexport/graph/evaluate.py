@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from qdexport.core.spec import NVFP4_BLOCK
 from qdexport.graph.dialect import DOMAIN, LOG2_ZERO
 from qdexport.graph.query import const_or_none
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["constant_expression", "evaluate", "evaluator", "fake_quantize_codes", "log2_codes", "subgraph"]
+__all__ = [
+    "constant_expression",
+    "e2m1_round",
+    "e4m3_round",
+    "evaluate",
+    "evaluator",
+    "fake_quantize_codes",
+    "log2_codes",
+    "nvfp4_codes",
+    "subgraph",
+]
+
+_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
+_BLOCKED = 3  # rank of a weight's scales per block
 
 
 def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int) -> np.ndarray:
@@ -25,6 +40,37 @@ def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray
     np.rint(ratio, out=ratio)
     ratio += zero_point
     return cast("np.ndarray", np.clip(ratio, qmin, qmax, out=ratio))
+
+
+def e4m3_round(values: np.ndarray) -> np.ndarray:
+    """The nearest E4M3 numbers, half to even; beyond 448 the largest; FP32."""
+    codes = np.clip(values, -_E4M3_MAX, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return cast("np.ndarray", codes.astype(np.float32))
+
+
+def e2m1_round(values: np.ndarray) -> np.ndarray:
+    """The nearest E2M1 numbers, half to even; beyond 6 the largest; FP32."""
+    codes = np.clip(values, -_E2M1_MAX, _E2M1_MAX).astype(ml_dtypes.float4_e2m1fn)
+    return cast("np.ndarray", codes.astype(np.float32))
+
+
+def nvfp4_codes(x: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """NVFP4 along the last axis: the codes ``e2m1(x / (b scale))``, and ``b = e4m3(max |x| / 6 / scale)`` of blocks of 16.
+
+    Args:
+        x: ``[..., K]``, K a multiple of 16.
+        scale: of the tensor, FP32, one element.
+
+    Returns:
+        FP32 codes like ``x``, 0 where ``b`` is 0, and FP32 block scales ``[..., K / 16]``.
+    """
+    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, NVFP4_BLOCK)
+    step = np.float32(scale.reshape(-1)[0])
+    narrow = e4m3_round(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(_E2M1_MAX) / step)
+    wide = narrow * step
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(wide > 0, e2m1_round(blocks / wide), np.float32(0))
+    return codes.reshape(x.shape), narrow[..., 0]
 
 
 def log2_codes(x: np.ndarray, scale: np.ndarray, qmax: int) -> np.ndarray:
@@ -54,14 +100,26 @@ class FakeQuantize(OpRun):
         qmin: int,
         qmax: int,
         axis: int,
+        form: str = "int",
     ) -> tuple[np.ndarray]:
+        if form == "nvfp4":
+            values, narrow = nvfp4_codes(x, scale)
+            wide = np.repeat(narrow * np.float32(scale.reshape(-1)[0]), NVFP4_BLOCK, axis=-1)
+            return ((values * wide).astype(x.dtype),)
+        if scale.ndim == _BLOCKED:
+            block = x.shape[1] // scale.shape[2]
+            wide, zero = (np.repeat(table[0], block, axis=1) for table in (scale, zero_point))
+            return (((fake_quantize_codes(x, wide, zero, qmin, qmax) - zero) * wide).astype(x.dtype),)
         index = np.zeros(1, np.int64) if row is None else row
         scale, zero_point = scale[index], zero_point[index]
         shape = [scale.shape[0]] + [1] * (x.ndim - 1)
         if axis >= 0:
             shape[axis] = scale.shape[-1]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-        codes = fake_quantize_codes(x, scale, zero_point, qmin, qmax)
+        if form == "fp8":
+            codes = e4m3_round(np.divide(x, scale, dtype=np.float32))
+        else:
+            codes = fake_quantize_codes(x, scale, zero_point, qmin, qmax)
         values = (codes - zero_point) * scale
         if mode is not None:
             powers = log2_codes(x, scale, qmax)

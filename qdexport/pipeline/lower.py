@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from qdexport.graph.runner import GraphPass
     from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts", "stores_int4_weights"]
+__all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts", "stores_int4_weight_only", "stores_int4_weights"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +84,7 @@ def lower_to_onnx(
         training_steps=facts.training_steps,
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
+        int4_weight_only=stores_int4_weight_only(model),
     )
     reports = run_passes(captured.model, with_passes(default_passes(), extra_passes), context, dump_dir)
     facts = facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
@@ -132,6 +133,11 @@ def _pass_notes(reports: Sequence[PassReport]) -> dict[str, str]:
 def stores_int4_weights(model: QuantizedModel, target: Target) -> bool:
     """Whether narrow weights of linear layers are stored as INT4: the target can, and the recipe allows it."""
     return target.int4_linear and model.recipe.int4_storage == "auto"
+
+
+def stores_int4_weight_only(model: QuantizedModel) -> bool:
+    """Whether narrow weights of linear layers whose input is not quantized are stored as INT4: every target can."""
+    return model.recipe.int4_storage == "auto"
 
 
 def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:

@@ -120,7 +120,7 @@ def observe_model(
             observations = observe(
                 loaded, plans, recipe, channel_ratios=ratios, state_dir=settings.folder, on_progress=advance
             )
-    if isinstance(recipe.activation_rows, StepGroups):
+    if isinstance(recipe.activation_rows, StepGroups) and observations.inputs:
         observations = observations.grouped(_groups(observations, recipe.activation_rows))
     return observations, ratios
 

@@ -74,6 +74,7 @@ RECIPE_FILE = "recipe.yaml"
 _METADATA_KEY = "qdexport.quantization"
 _VERSION = 2
 _BOS = "bos.embedding"
+_BLOCKED = 3  # rank of scales per block
 
 
 class _Version(BaseModel):
@@ -215,7 +216,7 @@ def _softmax_quantizers(denoiser: nn.Module) -> dict[str, SoftmaxQuantizer]:
 def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for plan in model.plans:
-        if plan.weight is None or not plan.quantized:
+        if plan.weight is None or not plan.quantizes_weight:
             continue
         layer = model.denoiser.get_submodule(plan.name)
         for part, (inputs, _), (weight, quantizer) in zip(
@@ -224,9 +225,10 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
             dtype, shape = packed_layout(plan.weight, tuple(weight.shape))
             make = partial(_packed_codes, weight, quantizer)
             tensors[f"{part}.weight_codes"] = LazyTensor(dtype=dtype, shape=shape, make=make)
-            tensors[f"{part}.weight_scale"] = _lazy(quantizer.scale)
-            tensors[f"{part}.input_scale"] = _lazy(inputs.scale)
-            tensors[f"{part}.input_zero_point"] = _lazy(inputs.zero_point)
+            tensors[f"{part}.weight_scale"] = _lazy(quantizer.scale, half=quantizer.scale.dim() == _BLOCKED)
+            if inputs is not None:
+                tensors[f"{part}.input_scale"] = _lazy(inputs.scale)
+                tensors[f"{part}.input_zero_point"] = _lazy(inputs.zero_point)
         if isinstance(layer.channel_scale, ChannelScale):
             tensors[_ratio_name(plan)] = _lazy(layer.channel_scale.ratio.reshape(-1))
     for name, softmax in _softmax_quantizers(model.denoiser).items():
@@ -245,8 +247,10 @@ def _packed_codes(weight: Tensor, quantizer: WeightQuantizer) -> NDArray[Any]:
     return pack_codes(weight_codes(weight, quantizer), quantizer.spec)
 
 
-def _lazy(tensor: Tensor) -> LazyTensor:
+def _lazy(tensor: Tensor, *, half: bool = False) -> LazyTensor:
     array = tensor.detach().float().cpu().numpy()
+    if half:  # scales of blocks are FP16 numbers
+        array = array.astype(np.float16)
     return LazyTensor(dtype=array.dtype, shape=array.shape, make=lambda: array)
 
 
@@ -296,8 +300,9 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
         for plan in facts.plans:
             if plan.quantized and plan.channel_scale:
                 ratios[plan.group] = _scale(file, path, _ratio_name(plan))
-            for part, key in zip(plan.parts, activation_keys(plan), strict=False):
+            for part in plan.parts if plan.quantizes_weight else ():
                 weight_scales[part] = _scale(file, path, f"{part}.weight_scale")
+            for part, key in zip(plan.parts, activation_keys(plan), strict=False):
                 scale, zero_point = (
                     _scale(file, path, f"{part}.input_scale"),
                     _tensor(file, path, f"{part}.input_zero_point"),
@@ -352,7 +357,7 @@ def _bos(file: Any, path: Path, facts: _Facts) -> Bos | None:
 
 
 def _scale(file: Any, path: Path, name: str) -> Tensor:
-    scale = _tensor(file, path, name)
+    scale = _tensor(file, path, name).float()
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ModelError(f"{path}: {name} holds a scale that is not a positive number")
     return scale
@@ -370,7 +375,7 @@ def _verify_codes(path: Path, denoiser: nn.Module, plans: Sequence[LayerPlan]) -
     """Compares the stored codes with those of the loaded weights, one layer in memory at a time."""
     with safe_open(path, framework="pt") as file:
         for plan in plans:
-            if plan.weight is None or not plan.quantized:
+            if plan.weight is None or not plan.quantizes_weight:
                 continue
             parts = weight_parts(denoiser.get_submodule(plan.name))
             for part, (weight, quantizer) in zip(plan.parts, parts, strict=True):
