@@ -7,9 +7,9 @@ Identity: ``FakeQuantize(W) = codes * s`` with ``codes = clip(rint(W / s), qmin,
 expression counts (a plain weight, a slice of one, an adapter's ``W0 + B A``), so nothing of it stays. Exact: the codes
 are computed once, with the same FP32 operations as in PyTorch. Codes are stored as INT8; those of linear layers of up
 to 4 bits as INT4 where the target computes with it (half the bytes, the same INT8 product), or where the weight alone
-is quantized. Scales of blocks are FP16 numbers, and of an FP16 body stored as such: the builder has a product that reads
-INT4 in that form alone, and a code times such a scale is exact before it is rounded once, in either form. Codes of FP8
-are E4M3 numbers.
+is quantized. Scales of blocks are FP16 numbers, and of an FP16 body stored as such: the builder has a product that
+reads INT4 in that form alone, and a code times such a scale is exact before it is rounded once, in either form. Codes
+of FP8 are E4M3 numbers.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def remove_unused_inputs(node: ir.Node) -> None:
 
 
 def _storage(node: ir.Node, weight: np.ndarray, context: PassContext, report: PassReport) -> ir.DataType:
-    """FP8 by the quantizer's form, INT4 where the plan says so; onnx-tensorrt reads an even number of 4-bit codes only."""
+    """FP8 by the quantizer's form, INT4 where the plan says so; of 4-bit codes onnx-tensorrt reads an even number."""
     if form_of(node) == "fp8":
         return ir.DataType.FLOAT8E4M3FN
     plan = context.plan_of(module_of(node).removesuffix(_QUANTIZER))

@@ -106,7 +106,9 @@ class KernelCounts:
         kernels: entries without stream signals and waits.
         by_type: the same by the builder's own kinds.
         int8_compute: convolutions and matrix products with constant weights whose operands are both integers.
-        fp_compute: those that compute in floating point.
+        fp8_compute: those whose operands are both FP8.
+        nvfp4_compute: those whose operands are both NVFP4.
+        fp_compute: those that compute in a wider floating-point type.
         attention_kernels: fused attention, and matrix products of two activations.
         quantize_only: pointwise kernels that do nothing but quantize.
     """
@@ -114,6 +116,8 @@ class KernelCounts:
     kernels: int
     by_type: dict[str, int]
     int8_compute: int
+    fp8_compute: int
+    nvfp4_compute: int
     fp_compute: int
     attention_kernels: int
     quantize_only: int
@@ -164,12 +168,14 @@ def kernel_counts(plan: Plan) -> KernelCounts:
                 weighted.append(compute_precision(kernel))
             else:
                 attention += 1
-    integer = sum(precision in {"int8", "int4"} for precision in weighted)
+    by_precision = Counter("int8" if precision == "int4" else precision for precision in weighted)
     return KernelCounts(
         kernels=len(kernels),
         by_type=dict(sorted(Counter(kernel.kind for kernel in kernels).items())),
-        int8_compute=integer,
-        fp_compute=len(weighted) - integer,
+        int8_compute=by_precision["int8"],
+        fp8_compute=by_precision["fp8"],
+        nvfp4_compute=by_precision["nvfp4"],
+        fp_compute=sum(count for precision, count in by_precision.items() if precision not in _NARROW),
         attention_kernels=attention,
         quantize_only=sum(quantizes_only(kernel) for kernel in kernels),
     )

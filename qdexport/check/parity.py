@@ -330,7 +330,7 @@ def _take_layer(
 
 
 def _codes(quantizer: ActivationQuantizer, x: Tensor, pads: tuple[int, ...]) -> np.ndarray:
-    """The codes as the ONNX file should have them: less the zero point, or the offset of the INT8 carrier."""
+    """The codes as the ONNX file should have them: less the zero point, or the offset of the carrier; FP8 as bytes."""
     spec = quantizer.spec
     row = None if quantizer.scale.shape[0] == 1 or quantizer.context is None else quantizer.context.row
     index = torch.zeros(1, dtype=torch.int64) if row is None else row
@@ -341,6 +341,9 @@ def _codes(quantizer: ActivationQuantizer, x: Tensor, pads: tuple[int, ...]) -> 
         # torch counts from the last dimension
         widths = [width for axis in reversed(range(half)) for width in (pads[axis], pads[half + axis])]
         x = nn.functional.pad(x, widths)
+    if spec.format == "fp8":
+        values = quantize_codes(x, scale, zero, spec.qmin, spec.qmax, "fp8")
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()  # ONNX Runtime hands them out as bytes
     codes = quantize_codes(x, scale, zero, spec.qmin, spec.qmax)
     offset = carrier_offset(spec.qmin, spec.qmax, quantizer.zero_point.numpy())
     return (codes - (zero if offset is None else offset)).to(torch.int16).numpy()

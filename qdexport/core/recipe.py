@@ -263,15 +263,12 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.bit_allocation is not None:
-            number, rule = next(
-                ((n, r) for n, r in enumerate(self.rules, 1) if r.weight_only or (r.weight and r.weight.format != "int")),
-                (0, None),
-            )
-            if rule is not None:
-                raise ValueError(
-                    f"bit_allocation chooses widths of integer weights and activations, and rule {number} has neither an "
-                    "activation nor integers; remove bit_allocation, or give that rule both as int"
-                )
+            for number, rule in enumerate(self.rules, 1):
+                if rule.weight_only or (rule.weight is not None and rule.weight.format != "int"):
+                    raise ValueError(
+                        f"bit_allocation chooses widths of integer weights and activations, which rule {number} does "
+                        "not have; remove bit_allocation, or give that rule both as int"
+                    )
         return self
 
     def digest(self) -> str:

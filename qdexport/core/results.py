@@ -116,8 +116,8 @@ class WeightStorage(_Record):
 
 
 class Coverage(_Record):
-    """Compute type per layer: planned, found in the ONNX file, found in the compiled plan; ``storage`` has the layers whose
-    weight alone is quantized.
+    """Compute type per layer: planned, found in the ONNX file, found in the compiled plan; ``storage`` has the layers
+    whose weight alone is quantized.
     """
 
     planned: dict[str, str]
@@ -204,6 +204,8 @@ class EngineFacts(_Record):
     peak_rss_mb: float
     builder_version: str = ""
     kernels_fp_baseline: int | None = None
+    fp8_compute: int = 0
+    nvfp4_compute: int = 0
 
 
 class StageFacts(_Record):

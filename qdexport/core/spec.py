@@ -53,8 +53,8 @@ class QuantSpec(BaseModel):
     """One quantizer.
 
     ``int``: affine, ``code = clip(rint(x / scale) + zero_point, qmin, qmax)``. ``fp8``: the nearest E4M3 number to
-    ``clip(x / scale, -448, 448)``, half to even. ``nvfp4``: the nearest E2M1 number to ``clip(x / (b g), -6, 6)`` with a
-    scale ``b`` in E4M3 for 16 numbers each (of an activation: made at run time) and one FP32 scale ``g`` per tensor.
+    ``clip(x / scale, -448, 448)``, half to even. ``nvfp4``: the nearest E2M1 number to ``clip(x / (b g), -6, 6)`` with
+    a scale ``b`` in E4M3 for 16 numbers each (of an activation: made at run time) and one FP32 scale ``g`` per tensor.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -89,7 +89,8 @@ class QuantSpec(BaseModel):
             raise ValueError(f"format {self.format} is symmetric and signed: remove symmetric and signed")
         if self.format == "fp8" and self.granularity is Granularity.PER_BLOCK:
             raise ValueError("format fp8 has one scale per tensor or per output channel, no blocks")
-        if self.format == "nvfp4" and (self.granularity is not Granularity.PER_TENSOR or self.observer.kind != "minmax"):
+        blocks = self.granularity is not Granularity.PER_TENSOR or self.observer.kind != "minmax"
+        if self.format == "nvfp4" and blocks:
             raise ValueError("format nvfp4 has blocks of 16 by definition: remove granularity, block_size and observer")
         return self
 

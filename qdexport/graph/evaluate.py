@@ -55,7 +55,7 @@ def e2m1_round(values: np.ndarray) -> np.ndarray:
 
 
 def nvfp4_codes(x: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """NVFP4 along the last axis: the codes ``e2m1(x / (b scale))``, and ``b = e4m3(max |x| / 6 / scale)`` of blocks of 16.
+    """NVFP4 along the last axis: codes ``e2m1(x / (b scale))``, and ``b = e4m3(max |x| / 6 / scale)`` of blocks of 16.
 
     Args:
         x: ``[..., K]``, K a multiple of 16.

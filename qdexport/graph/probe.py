@@ -1,9 +1,9 @@
 """Cuts quantized layers out of an emitted graph, so that each can be fed and read on its own.
 
-A probe is a model with a fresh input ``L/x`` (what the quantizer of layer L reads) and two outputs per layer:
-the codes ``L/codes`` (none where the weight alone is quantized) and the layer's output ``L/y``, up to, not including, the next quantizer. What
-depends on the timestep alone (rows of step tables) is kept and fed as in the whole graph; everything else is
-left out.
+A probe is a model with a fresh input ``L/x`` (what the quantizer of layer L reads) and two outputs per layer: the codes
+``L/codes`` (none where the weight alone is quantized) and the layer's output ``L/y``, up to, not including, the next
+quantizer. What depends on the timestep alone (rows of step tables) is kept and fed as in the whole graph; everything
+else is left out.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qdexport.core.bit_plan import BitPlan, apply_bit_plan
+from qdexport.core.formats import check_formats
 from qdexport.core.recipe import StepGroups
 from qdexport.models.denoiser import layer_macs, shortcut_splits, smallest_io, trace_denoiser
 from qdexport.models.denoiser_io import io_spec
@@ -79,10 +80,11 @@ def make_quantized(
     """Quantizes a model as a recipe says.
 
     Raises:
-        RecipeError: the recipe does not fit the model.
+        RecipeError: the recipe does not fit the model, or a layer's format not the target.
         ModelError: the model cannot be sampled or observed, or lacks what a mechanism needs.
     """
     plans = plan_model(loaded, recipe)
+    check_formats(plans, settings.target)
     if settings.ranges is not None:
         return quantize_model(loaded, plans, recipe, settings.ranges)
     observations, ratios = observe_model(loaded, plans, recipe, settings, progress)

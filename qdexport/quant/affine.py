@@ -39,8 +39,8 @@ _SQRT_HALF = float(torch.tensor(0.5).sqrt())
 def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Scale and zero point that cover ``[low, high]`` (which is widened to hold 0, so that 0 is exact).
 
-    Symmetric, signed (every format): ``scale = max(|low|, |high|) / qmax``, zero point 0. Symmetric, unsigned: ``scale =
-    high / qmax``.
+    Symmetric, signed (every format): ``scale = max(|low|, |high|) / qmax``, zero point 0; for NVFP4 ``qmax`` times 448,
+    the largest scale of a block. Symmetric, unsigned: ``scale = high / qmax``.
     Asymmetric: ``scale = (high - low) / (qmax - qmin)``, ``zero_point = clip(rint(qmin - low / scale), qmin,
         qmax)``.
     Computed in float64 and rounded once to FP32.
@@ -61,7 +61,7 @@ def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
     low64, high64 = low.double().clamp(max=0), high.double().clamp(min=0)
     if spec.symmetric:
         reach = torch.maximum(-low64, high64) if spec.signed else high64
-        most = spec.qmax * _E4M3_MAX if spec.format == "nvfp4" else spec.qmax  # the largest code times its block's scale
+        most = spec.qmax * _E4M3_MAX if spec.format == "nvfp4" else spec.qmax
         scale = torch.where(reach > 0, reach, _UNIT_RANGE) / most
         return _positive(scale), torch.zeros_like(low, dtype=torch.float32)
     width = high64 - low64
@@ -75,7 +75,7 @@ def _positive(scale: Tensor) -> Tensor:
     return scale.float().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def quantize_codes(  # noqa: PLR0913  the parameters of the operator
+def quantize_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, form: str = "int"
 ) -> Tensor:
     """Codes as FP32 values: ``clip(rint(x / scale) + zero_point, qmin, qmax)``, or of ``form`` fp8 the nearest E4M3
@@ -91,7 +91,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (codes - zero_point) * scale
 
 
-def fake_quantize_reference(  # noqa: PLR0913  the parameters of the operator
+def fake_quantize_reference(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, form: str = "int"
 ) -> Tensor:
     """Quantizes and dequantizes with broadcasting parameters; the result has the dtype of ``x``."""
@@ -126,11 +126,14 @@ def e2m1_round(values: Tensor) -> Tensor:
 
 
 def block_scales(x: Tensor, scale: Tensor) -> Tensor:
-    """NVFP4's scales of blocks of 16 along the last dimension: ``e4m3(max |x| / 6 / scale)``, FP32 ``[..., K / 16, 1]``.
+    """NVFP4's scales of blocks of 16 along the last dimension: ``e4m3(max |x| / 6 / scale)``.
 
     Args:
         x: ``[..., K]``, K a multiple of 16.
         scale: the scale of the tensor, FP32, one element.
+
+    Returns:
+        FP32 ``[..., K / 16, 1]``.
     """
     blocks = _in_blocks(x)
     return e4m3_round(blocks.abs().amax(dim=-1, keepdim=True) / _E2M1_MAX / scale.reshape(()))

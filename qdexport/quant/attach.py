@@ -63,8 +63,8 @@ class QuantParameters:
     """All numbers of the quantizers of a model.
 
     Attributes:
-        weight_scales: FP32 ``[1, C]``, ``[1, C, B]`` or ``[1]``, by part (a layer's name, or ``name#0``, ``name#1`` when
-            split).
+        weight_scales: FP32 ``[1, C]``, ``[1, C, B]`` or ``[1]``, by part (a layer's name, or ``name#0``, ``name#1``
+            when split).
         scales: FP32 activation scales ``[R]`` by activation key.
         zero_points: FP32, integer valued, ``[R]`` by activation key.
         timesteps: the calibrated timesteps in sampling order; row i of a table belongs to the i-th.
@@ -230,7 +230,7 @@ def _grouped(plans: Sequence[LayerPlan], scales: Mapping[str, Tensor]) -> dict[s
 
 
 def weight_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """The FP32 scale of one weight: ``[1, C]`` per output channel, ``[1, C, B]`` per block, else ``[1]``; zero points are 0.
+    """The FP32 scale of one weight: ``[1, C]`` per output channel, ``[1, C, B]`` per block, else ``[1]``.
 
     Scales of blocks are FP16 numbers: a builder multiplies INT4 by them without a kernel of its own only when they are,
     and a product with a code of up to 8 bits is exact in FP32, so that every form of the product has equal weights.

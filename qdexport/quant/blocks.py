@@ -28,8 +28,8 @@ def weight_only_plan(plan: LayerPlan, weight: QuantSpec | None, width: int) -> L
         return replace(plan, weight=weight)
     if plan.kind == "conv":
         raise RecipeError(
-            f"{plan.why}: layer {plan.name} is a convolution, and no target takes its weight in blocks; give convolutions "
-            "a rule of their own (kinds: [conv]) with granularity: per_channel"
+            f"{plan.why}: layer {plan.name} is a convolution, and no target takes its weight in blocks; give "
+            "convolutions a rule of their own (kinds: [conv]) with granularity: per_channel"
         )
     if width % weight.block_size == 0:
         return replace(plan, weight=weight)

@@ -38,8 +38,8 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
                     scales = file.get_tensor(f"{part}.input_scale")
                     row["weight"] = _described(plan.weight)
                     symmetry = "symmetric" if plan.activation.symmetric else "asymmetric"
-                    integers = plan.activation.format == "int"
-                    row["activation"] = f"{plan.activation.bits} bits {symmetry}" if integers else plan.activation.format
+                    form = plan.activation.format
+                    row["activation"] = f"{plan.activation.bits} bits {symmetry}" if form == "int" else form
                     row["scales"] = f"{len(scales)} x {scales.min():.3g}..{scales.max():.3g}"
                 elif plan.weight_only and plan.weight is not None:
                     row["weight"], row["activation"] = f"{_described(plan.weight)}, weight-only", facts.body

@@ -306,8 +306,8 @@ class QuantSplitConv2d(nn.Conv2d):
 class QuantLinear(nn.Linear):
     """``y = Q_x(x / r) Q_w(W r)^T + b``; shares the weight and bias of the layer it replaces.
 
-    With ``first_token``, the first token of ``x`` ``[N, T, D]`` bypasses the quantizers. Without an input quantizer it is
-    weight-only.
+    With ``first_token``, the first token of ``x`` ``[N, T, D]`` bypasses the quantizers. Without an input quantizer it
+    is weight-only.
     """
 
     input_quantizer: ActivationQuantizer | None

@@ -44,8 +44,8 @@ def fake_quantize(  # noqa: PLR0913  an operator has no dataclass
         qmin: smallest code.
         qmax: largest code.
         axis: channel axis of ``x``, or ``NO_AXIS``.
-        form: what codes are: ``int``; ``fp8``, E4M3 numbers; ``nvfp4``, E2M1 numbers with scales of their own for blocks
-            of 16 along the last dimension (then ``scale`` is ``[1]``).
+        form: what codes are: ``int``; ``fp8``, E4M3 numbers; ``nvfp4``, E2M1 numbers with scales of their own for
+            blocks of 16 along the last dimension (then ``scale`` is ``[1]``).
         mode: FP32 ``[R]``, 0 for rows that are affine, 1 for rows that are logarithmic (``y = s 2^-q`` with ``q =
             clip(rint(-log2(x / s)), 0, qmax)``, and 0 for the top code); None for affine rows alone.
 
