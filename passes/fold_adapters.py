@@ -22,7 +22,8 @@ import onnx_ir as ir
 from qdexport.core.spec import stores_int4
 from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
-from qdexport.graph.evaluate import constant_expression, e4m3_round, fake_quantize_codes
+from qdexport.graph.evaluate import constant_expression, fake_quantize_codes
+from qdexport.graph.narrow_floats import e4m3_round
 from qdexport.graph.query import (
     const_of,
     dtype_of,
@@ -55,7 +56,7 @@ class FoldAdapters:
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         for node in list(model.graph):
-            if not is_fake_quantize(node):
+            if not is_fake_quantize(node) or form_of(node) == "nvfp4":
                 continue
             weight = constant_expression(model, input_of(node, 0))
             if weight is not None:

@@ -56,6 +56,7 @@ class LowerBitwidth:
         "share-quantizers",
         "fold-adapters",
         "lower-log2",
+        "lower-nvfp4",
         "lower-zero-point",
         "lower-timestep-scale",
     )

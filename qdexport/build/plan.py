@@ -29,6 +29,7 @@ __all__ = [
     "parse_plan",
     "plan_tensors",
     "quantizes_only",
+    "weight_order",
 ]
 
 # kernels that multiply matrices: those of TensorRT-RTX 1.7, and what published logs of TensorRT 10 show
@@ -47,6 +48,7 @@ _DTYPES = {
     "BF16": "bf16",
     "FP8": "fp8",
     "FP4": "nvfp4",
+    "FP4E2M1": "nvfp4",
     "Int8": "int8",
     "INT8": "int8",
     "Int4": "int4",
@@ -275,11 +277,18 @@ def _operands(kernel: KernelFact) -> tuple[PlanTensor, ...]:
     """The two factors of a matrix kernel: scales, biases and the like are left out."""
     tensors = plan_tensors(kernel.inputs)
     activations = tuple(tensor for tensor in tensors if not tensor.constant)
-    # constants come in any order, and behind a bias that is computed; the weight is the largest
-    weight = max((tensor for tensor in tensors if tensor.constant), key=lambda t: prod(t.dims), default=None)
+    # constants come in any order, and behind a bias that is computed; the weight is the largest, or the one in NVFP4
+    weight = max((tensor for tensor in tensors if tensor.constant), key=weight_order, default=None)
     if kernel.kind in _FUSED_KINDS:
         return activations[:2] if weight is None else (*activations[:1], weight)
     return tensors[:2] if weight is None or not _is_weight(weight) else (*activations[:1], weight)
+
+
+def weight_order(constant: PlanTensor) -> tuple[bool, int]:
+    """Sorts the constants of a kernel so that its weight is last: NVFP4's scales of blocks are padded to tiles, which may
+    be larger than a small weight.
+    """
+    return constant.dtype == "nvfp4", prod(constant.dims)
 
 
 def _is_weight(constant: PlanTensor) -> bool:

@@ -21,6 +21,7 @@ from qdexport.build.plan import (
     is_fused_attention,
     plan_tensors,
     quantizes_only,
+    weight_order,
 )
 from qdexport.errors import BuildError
 
@@ -229,7 +230,7 @@ def _operations(
 def _weight(inputs: Sequence[PlanTensor]) -> PlanTensor:
     """The largest constant of two dimensions or more; scales and biases have as many but fewer elements."""
     constants = [tensor for tensor in inputs if tensor.constant and len(tensor.dims) > 1]
-    return max(constants, key=lambda tensor: prod(tensor.dims))
+    return max(constants, key=weight_order)
 
 
 def _attention_operations(inputs: Sequence[PlanTensor]) -> float:

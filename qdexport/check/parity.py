@@ -34,7 +34,7 @@ from qdexport.errors import ParityError
 from qdexport.graph.probe import LayerProbe, Probe, build_probe, find_probes, find_softmax_probes, weight_codes
 from qdexport.graph.query import scaled_for, sequence_first
 from qdexport.models.sampling import DenoiserCall
-from qdexport.quant.affine import quantize_codes
+from qdexport.quant.affine import nvfp4_codes, quantize_codes
 from qdexport.quant.attach import QuantizedModel
 from qdexport.quant.modules import ActivationQuantizer, WeightQuantizer, quantizer_pairs
 from qdexport.quant.packing import weight_codes as torch_codes
@@ -341,6 +341,8 @@ def _codes(quantizer: ActivationQuantizer, x: Tensor, pads: tuple[int, ...]) -> 
         # torch counts from the last dimension
         widths = [width for axis in reversed(range(half)) for width in (pads[axis], pads[half + axis])]
         x = nn.functional.pad(x, widths)
+    if spec.format == "nvfp4":
+        return nvfp4_codes(x, quantizer.scale).numpy()  # what ONNX Runtime computes in place of FP4
     if spec.format == "fp8":
         values = quantize_codes(x, scale, zero, spec.qmin, spec.qmax, "fp8")
         return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()  # ONNX Runtime hands them out as bytes

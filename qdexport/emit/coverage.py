@@ -19,7 +19,12 @@ __all__ = ["onnx_coverage", "onnx_weight_types"]
 
 # what may stand between a DequantizeLinear and the layer, or between a constant and its DequantizeLinear
 _PASSIVE = frozenset({"Cast", "Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
-_NAMES = {ir.DataType.INT8: "int8", ir.DataType.INT4: "int4", ir.DataType.FLOAT8E4M3FN: "fp8"}
+_NAMES = {
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT4: "int4",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.FLOAT4E2M1: "nvfp4",
+}
 _FLOATS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 

@@ -13,6 +13,8 @@ from onnx.reference.op_run import OpRun
 
 from qdexport.core.spec import NVFP4_BLOCK
 from qdexport.graph.dialect import DOMAIN, LOG2_ZERO
+from qdexport.graph.narrow_floats import e4m3_round, nvfp4_codes
+from qdexport.graph.nvfp4 import TRT_DOMAIN
 from qdexport.graph.query import const_or_none
 
 if TYPE_CHECKING:
@@ -20,17 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "constant_expression",
-    "e2m1_round",
-    "e4m3_round",
     "evaluate",
     "evaluator",
     "fake_quantize_codes",
     "log2_codes",
-    "nvfp4_codes",
     "subgraph",
 ]
 
-_E4M3_MAX, _E2M1_MAX = 448.0, 6.0
 _BLOCKED = 3  # rank of a weight's scales per block
 
 
@@ -40,37 +38,6 @@ def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray
     np.rint(ratio, out=ratio)
     ratio += zero_point
     return cast("np.ndarray", np.clip(ratio, qmin, qmax, out=ratio))
-
-
-def e4m3_round(values: np.ndarray) -> np.ndarray:
-    """The nearest E4M3 numbers, half to even; beyond 448 the largest; FP32."""
-    codes = np.clip(values, -_E4M3_MAX, _E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
-    return cast("np.ndarray", codes.astype(np.float32))
-
-
-def e2m1_round(values: np.ndarray) -> np.ndarray:
-    """The nearest E2M1 numbers, half to even; beyond 6 the largest; FP32."""
-    codes = np.clip(values, -_E2M1_MAX, _E2M1_MAX).astype(ml_dtypes.float4_e2m1fn)
-    return cast("np.ndarray", codes.astype(np.float32))
-
-
-def nvfp4_codes(x: np.ndarray, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """NVFP4 along the last axis: codes ``e2m1(x / (b scale))``, and ``b = e4m3(max |x| / 6 / scale)`` of blocks of 16.
-
-    Args:
-        x: ``[..., K]``, K a multiple of 16.
-        scale: of the tensor, FP32, one element.
-
-    Returns:
-        FP32 codes like ``x``, 0 where ``b`` is 0, and FP32 block scales ``[..., K / 16]``.
-    """
-    blocks = x.astype(np.float32).reshape(*x.shape[:-1], -1, NVFP4_BLOCK)
-    step = np.float32(scale.reshape(-1)[0])
-    narrow = e4m3_round(np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(_E2M1_MAX) / step)
-    wide = narrow * step
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.where(wide > 0, e2m1_round(blocks / wide), np.float32(0))
-    return codes.reshape(x.shape), narrow[..., 0]
 
 
 def log2_codes(x: np.ndarray, scale: np.ndarray, qmax: int) -> np.ndarray:
@@ -128,6 +95,19 @@ class FakeQuantize(OpRun):
         return (values.astype(x.dtype),)
 
 
+class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801  named as the operator
+    """TensorRT's dynamic quantizer for onnx's reference evaluator: codes in E2M1, scales of blocks in E4M3."""
+
+    op_domain = TRT_DOMAIN
+
+    def _run(
+        self, x: np.ndarray, scale: np.ndarray, *, axis: int, block_size: int, scale_type: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        del axis, block_size, scale_type  # the pass writes -1, 16 and E4M3 alone
+        codes, narrow = nvfp4_codes(x, scale)
+        return codes.astype(ml_dtypes.float4_e2m1fn), narrow.astype(ml_dtypes.float8_e4m3fn)
+
+
 def evaluate(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Runs a model in numpy and returns its outputs by name. Slow and exact; meant for small graphs."""
     return evaluator(model)(feeds)
@@ -136,7 +116,7 @@ def evaluate(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray])
 def evaluator(model: ir.Model | onnx.ModelProto) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """Prepares a model once, for many runs like :func:`evaluate`."""
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
-    runner = ReferenceEvaluator(proto, new_ops=[FakeQuantize])
+    runner = ReferenceEvaluator(proto, new_ops=[FakeQuantize, TRT_FP4DynamicQuantize])
     names = list(runner.output_names)
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from qdexport.core.layer_names import layers_of, node_names
 from qdexport.errors import ParityError
+from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE
 from qdexport.graph.query import COMPUTE_OPS, const_or_none, input_of, int_attr, ints_attr, only_consumer, value_name
 
 if TYPE_CHECKING:
@@ -138,8 +139,8 @@ def find_probes(
 
 
 def weight_codes(probe: LayerProbe) -> np.ndarray:
-    """The codes of a layer's weight, in torch's layout (output channels first); INT4 ones widened to INT8, of FP8 the
-    bytes as INT8.
+    """The codes of a layer's weight, in torch's layout (output channels first); INT4 ones widened to INT8, of FP8 and
+    FP4 the bits as INT8.
     """
     codes = const_or_none(probe.weight)
     if codes is None:
@@ -150,6 +151,8 @@ def weight_codes(probe: LayerProbe) -> np.ndarray:
         codes = codes.astype(np.int8)
     elif probe.weight.dtype == ir.DataType.FLOAT8E4M3FN:
         codes = codes.view(np.int8)
+    elif probe.weight.dtype == ir.DataType.FLOAT4E2M1:
+        codes = (codes.view(np.int8) << 4) >> 4  # the sign fills the upper half, as in stored codes
     codes = codes.T if probe.weight_transposed else codes
     return codes if probe.rows is None else codes[slice(*probe.rows)]
 
@@ -231,7 +234,7 @@ def _walk_to_input(name: str, node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[
         producer = value.producer()
         if producer is None or not _in_quantizer(producer):
             break
-        if producer.op_type == "QuantizeLinear":
+        if producer.op_type in {"QuantizeLinear", DYNAMIC_QUANTIZE}:
             codes = producer.outputs[0]
         elif producer.op_type == "Pad":
             widths = const_or_none(producer.inputs[1])

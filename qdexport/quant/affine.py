@@ -15,12 +15,14 @@ from qdexport.graph.dialect import LOG2_ZERO
 __all__ = [
     "block_scales",
     "dequantize",
+    "e2m1_bits",
     "e2m1_round",
     "e4m3_round",
     "fake_quantize_reference",
     "log2_codes",
     "log2_fake_quantize",
     "log2_inside",
+    "nvfp4_codes",
     "nvfp4_fake_quantize",
     "parameters_from_range",
     "quantize_codes",
@@ -125,6 +127,14 @@ def e2m1_round(values: Tensor) -> Tensor:
     return (clipped / step).round() * step
 
 
+def e2m1_bits(values: Tensor) -> Tensor:
+    """The four bits of E2M1 numbers, sign first, as INT8 whose upper half repeats the sign (-8 to 7)."""
+    size = values.abs()
+    # 0, 0.5, 1, 1.5, 2, 3, 4, 6 are numbered in order
+    index = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))
+    return (index - 8 * values.signbit()).to(torch.int8)
+
+
 def block_scales(x: Tensor, scale: Tensor) -> Tensor:
     """NVFP4's scales of blocks of 16 along the last dimension: ``e4m3(max |x| / 6 / scale)``.
 
@@ -144,11 +154,15 @@ def _in_blocks(x: Tensor) -> Tensor:
 
 
 def nvfp4_fake_quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """``e2m1(x / (b scale)) b scale`` with ``b`` of :func:`block_scales`; 0 where a block's ``b`` is 0. Like ``x``."""
+    """``q b scale`` with ``q`` of :func:`nvfp4_codes` and ``b`` of :func:`block_scales`; like ``x``."""
     wide = block_scales(x, scale) * scale.reshape(())
-    blocks = _in_blocks(x)
-    values = torch.where(wide > 0, e2m1_round(blocks / wide) * wide, 0.0)
-    return values.flatten(-2).to(x.dtype)
+    return (nvfp4_codes(x, scale).reshape(*wide.shape[:-1], NVFP4_BLOCK) * wide).flatten(-2).to(x.dtype)
+
+
+def nvfp4_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """``e2m1(x / (b scale))`` with ``b`` of :func:`block_scales`, FP32; 0 where a block's ``b`` is 0."""
+    wide = block_scales(x, scale) * scale.reshape(())
+    return torch.where(wide > 0, e2m1_round(_in_blocks(x) / wide), 0.0).flatten(-2)
 
 
 def log2_codes(x: Tensor, scale: Tensor, qmax: int) -> Tensor:

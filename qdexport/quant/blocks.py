@@ -1,13 +1,13 @@
-"""Weight-only layers: which blocks of the input dimension share a scale."""
+"""Which blocks of the input dimension of a layer share a scale."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from qdexport.core.spec import BLOCK_SIZES, Granularity, LayerPlan, QuantSpec
+from qdexport.core.spec import BLOCK_SIZES, NVFP4_BLOCK, Granularity, LayerPlan, QuantSpec
 from qdexport.errors import RecipeError
 
-__all__ = ["weight_only_plan"]
+__all__ = ["check_blocks", "weight_only_plan"]
 
 
 def weight_only_plan(plan: LayerPlan, weight: QuantSpec | None, width: int) -> LayerPlan:
@@ -38,3 +38,22 @@ def weight_only_plan(plan: LayerPlan, weight: QuantSpec | None, width: int) -> L
     instead = f"blocks of {size}" if size else "one scale per output channel"
     why = f"{plan.why}; {instead}, since {weight.block_size} does not divide {width}"
     return replace(plan, weight=weight.model_copy(update=changes), why=why)
+
+
+def check_blocks(plan: LayerPlan, weight: QuantSpec | None, width: int) -> None:
+    """Refuses NVFP4 for layers that have no blocks of 16 along the input dimension.
+
+    Raises:
+        RecipeError: the layer is a convolution, or its input width is no multiple of 16.
+    """
+    if weight is None or weight.format != "nvfp4":
+        return
+    if plan.kind == "conv":
+        reason = "a convolution, and NVFP4 is a format of linear layers"
+    elif width % NVFP4_BLOCK:
+        reason = f"{width} inputs wide, no multiple of {NVFP4_BLOCK}, the block of NVFP4"
+    else:
+        return
+    raise RecipeError(
+        f"{plan.why}: layer {plan.name} is {reason}; give it a rule of its own with format: fp8, or int with 8 bits"
+    )

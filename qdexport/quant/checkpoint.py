@@ -44,11 +44,12 @@ from torch import Tensor, nn
 from qdexport import __version__
 from qdexport.core.files import atomic_dir
 from qdexport.core.recipe import load_recipe
-from qdexport.core.spec import LayerPlan
+from qdexport.core.spec import NVFP4_BLOCK, LayerPlan
 from qdexport.errors import ModelError, OutputError
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.load import load_model
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
+from qdexport.quant.affine import block_scales
 from qdexport.quant.attach import (
     BODY_DTYPES,
     Body,
@@ -225,6 +226,8 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
             dtype, shape = packed_layout(plan.weight, tuple(weight.shape))
             make = partial(_packed_codes, weight, quantizer)
             tensors[f"{part}.weight_codes"] = LazyTensor(dtype=dtype, shape=shape, make=make)
+            if plan.weight.format == "nvfp4":
+                tensors[f"{part}.weight_block_scale"] = _block_scale(weight, quantizer)
             tensors[f"{part}.weight_scale"] = _lazy(quantizer.scale, half=quantizer.scale.dim() == _BLOCKED)
             if inputs is not None:
                 tensors[f"{part}.input_scale"] = _lazy(inputs.scale)
@@ -241,6 +244,18 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
 
 def _ratio_name(plan: LayerPlan) -> str:
     return f"{plan.group}.channel_ratio"
+
+
+def _block_scale(weight: Tensor, quantizer: WeightQuantizer) -> LazyTensor:
+    """NVFP4's scales of blocks, as bytes of E4M3 numbers."""
+    shape = (*weight.shape[:-1], weight.shape[-1] // NVFP4_BLOCK)
+
+    def make() -> NDArray[Any]:
+        scales = block_scales(weight, quantizer.scale)[..., 0]
+        array: NDArray[Any] = scales.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return array
+
+    return LazyTensor(dtype=np.dtype(np.uint8), shape=shape, make=make)
 
 
 def _packed_codes(weight: Tensor, quantizer: WeightQuantizer) -> NDArray[Any]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdexport.core.spec import QuantSpec
-from qdexport.quant.affine import quantize_codes, weight_scale_like
+from qdexport.quant.affine import e2m1_bits, nvfp4_codes, quantize_codes, weight_scale_like
 from qdexport.quant.modules import QuantConv2d, QuantLinear, QuantSplitConv2d, WeightQuantizer, quantizer_pairs
 
 __all__ = ["integer_codes", "pack_codes", "packed_layout", "unpack_codes", "weight_codes", "weight_parts"]
@@ -50,7 +50,7 @@ def weight_parts(layer: nn.Module) -> list[tuple[Tensor, WeightQuantizer]]:
 
 
 def weight_codes(weight: Tensor, quantizer: WeightQuantizer) -> Codes:
-    """The codes of one weight, int8 or uint8 (FP8 as bytes); block by block, so that temporaries stay in the cache."""
+    """The codes of one weight, int8 or uint8 (FP8, FP4: bits); block by block, so that temporaries stay in the cache."""
     codes = torch.empty(weight.shape, dtype=torch.int8 if quantizer.spec.signed else torch.uint8)
     spec, scale, zero_point = quantizer.spec, quantizer.scale, quantizer.zero_point
     rows = max(1, _BLOCK_VALUES // max(1, weight[0].numel()))
@@ -58,6 +58,9 @@ def weight_codes(weight: Tensor, quantizer: WeightQuantizer) -> Codes:
         part = slice(start, start + rows)
         own = (slice(None), part) if scale.dim() > 1 else slice(None)
         values = weight[part]
+        if spec.format == "nvfp4":
+            codes[part] = e2m1_bits(nvfp4_codes(values, scale))
+            continue
         block = quantize_codes(
             values,
             weight_scale_like(scale[own], values),

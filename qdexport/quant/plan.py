@@ -21,7 +21,7 @@ from qdexport.models.denoiser import (
     time_layers,
     trace_denoiser,
 )
-from qdexport.quant.blocks import weight_only_plan
+from qdexport.quant.blocks import check_blocks, weight_only_plan
 from qdexport.quant.bos import bos_layers
 
 __all__ = ["activation_keys", "average_weight_bits", "macs_share", "merge_weight_scales", "plan_layers"]
@@ -88,6 +88,7 @@ def plan_layers(
             layer = denoiser.get_parameter(f"{name}.weight")
             plan = weight_only_plan(plan, rule.weight, layer.shape[1])
         elif rule is not None and rule.activation is not None and runs and not plan.folded:
+            check_blocks(plan, rule.weight, denoiser.get_parameter(f"{name}.weight").shape[1])
             plan = replace(
                 plan,
                 weight=rule.weight,
