@@ -24,7 +24,7 @@ from qdexport.graph.dialect import LAYER_KEY
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.evaluate import constant_expression
 from qdexport.graph.narrow_floats import nvfp4_codes
-from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN
+from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN, declare_nvfp4
 from qdexport.graph.query import const_of, dtype_of, form_of, graph_of, input_of, is_fake_quantize, module_of, shape_of
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class LowerNvfp4:
             _dequantize(node, writer, scale, operands)
             report.touched.append(module_of(node))
         if report.touched:
-            model.graph.opset_imports[TRT_DOMAIN] = 1
+            declare_nvfp4(model)
             remove_unused(model)
 
 

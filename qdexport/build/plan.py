@@ -285,8 +285,8 @@ def _operands(kernel: KernelFact) -> tuple[PlanTensor, ...]:
 
 
 def weight_order(constant: PlanTensor) -> tuple[bool, int]:
-    """Sorts the constants of a kernel so that its weight is last: NVFP4's scales of blocks are padded to tiles, which may
-    be larger than a small weight.
+    """Sorts the constants of a kernel so that its weight is last: NVFP4's scales of blocks are padded to tiles, which
+    may be larger than a small weight.
     """
     return constant.dtype == "nvfp4", prod(constant.dims)
 

@@ -266,8 +266,8 @@ class Recipe(_Part):
             for number, rule in enumerate(self.rules, 1):
                 if rule.weight is not None and rule.weight.format == "nvfp4":
                     raise ValueError(
-                        f"rule {number} has format nvfp4, whose blocks are scaled at run time: no builder takes a scale "
-                        "that depends on the step beside that; set activation_rows: static"
+                        f"rule {number} has format nvfp4, whose blocks are scaled at run time: no builder takes a "
+                        "scale that depends on the step beside that; set activation_rows: static"
                     )
         if self.bit_allocation is not None:
             for number, rule in enumerate(self.rules, 1):

@@ -15,7 +15,7 @@ from qdexport.core.files import atomic_dir
 from qdexport.errors import EmitError
 from qdexport.graph.dialect import DOMAIN, LAYER_KEY
 from qdexport.graph.edit import name_everything
-from qdexport.graph.nvfp4 import TRT_DOMAIN, has_nvfp4
+from qdexport.graph.nvfp4 import declare_nvfp4, has_nvfp4
 
 if TYPE_CHECKING:
     from qdexport.core.target import Target
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
-_NVFP4_OPSET, _NVFP4_IR_VERSION = 23, 11  # the first that have E2M1
 _IR_VERSION = 10  # belongs to opset 21; older runtimes refuse newer numbers
 # larger weights get a file of their own: protobuf would hold three copies of them (and ends at 2 GiB)
 _SINGLE_FILE_BYTES = 200_000_000
@@ -103,12 +102,11 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
         node.metadata_props.pop(LAYER_KEY, None)
         for value in node.outputs:
             value.metadata_props.clear()
-    four_bits = has_nvfp4(model)
     model.graph.opset_imports.clear()
-    model.graph.opset_imports[""] = max(target.opset, _NVFP4_OPSET) if four_bits else target.opset
-    if four_bits:
-        model.graph.opset_imports[TRT_DOMAIN] = 1
-    model.ir_version = _NVFP4_IR_VERSION if four_bits else _IR_VERSION
+    model.graph.opset_imports[""] = target.opset
+    model.ir_version = _IR_VERSION
+    if has_nvfp4(model):
+        declare_nvfp4(model)
     model.producer_name = "qdexport"
     model.producer_version = __version__
     model.metadata_props.clear()

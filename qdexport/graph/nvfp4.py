@@ -25,11 +25,12 @@ from qdexport.graph.query import const_or_none, input_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["DYNAMIC_QUANTIZE", "TRT_DOMAIN", "executable", "has_nvfp4"]
+__all__ = ["DYNAMIC_QUANTIZE", "TRT_DOMAIN", "declare_nvfp4", "executable", "has_nvfp4"]
 
 TRT_DOMAIN = "trt"
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
+_E2M1_MAX = 6.0
+_OPSET, _IR_VERSION = 23, 11
 _FLOAT, _E2M1, _E4M3 = ir.DataType.FLOAT, ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN
 _BOUNDS = ((2.0, 0.5), (4.0, 1.0))  # below the first number the distance of neighbours is the second; else 2
 
@@ -37,6 +38,13 @@ _BOUNDS = ((2.0, 0.5), (4.0, 1.0))  # below the first number the distance of nei
 def has_nvfp4(model: ir.Model) -> bool:
     """Whether a graph has tensors in E2M1."""
     return any(value.dtype == _E2M1 for value in _values(model))
+
+
+def declare_nvfp4(model: ir.Model) -> None:
+    """Raises the versions of a model to the first that have E2M1, and declares the domain of the quantizer."""
+    model.graph.opset_imports[""] = max(model.graph.opset_imports.get("", 0), _OPSET)
+    model.graph.opset_imports[TRT_DOMAIN] = 1
+    model.ir_version = max(model.ir_version or 0, _IR_VERSION)
 
 
 def executable(model: ir.Model) -> None:
@@ -69,7 +77,7 @@ def _write_out(node: ir.Node) -> None:
     blocks, shape = _in_blocks(writer, writer.cast(input_of(node, 0), _FLOAT))
     axis = writer.constant("last_axis", np.array([-1], np.int64))
     largest = writer.op("ReduceMax", [writer.op("Abs", [blocks], like=blocks), axis], {"keepdims": 1}, dtype=_FLOAT)
-    b = _e4m3(writer, _divided(writer, _divided(writer, largest, _number(writer, E2M1_MAX)), scale))
+    b = _e4m3(writer, _divided(writer, _divided(writer, largest, _number(writer, _E2M1_MAX)), scale))
     wide = writer.op("Mul", [b, scale], dtype=_FLOAT)
     some = writer.op("Greater", [wide, _number(writer, 0.0)], dtype=ir.DataType.BOOL)
     rounded = _e2m1(writer, _divided(writer, blocks, wide))
@@ -118,8 +126,8 @@ def _e4m3(writer: NodeWriter, x: ir.Value) -> ir.Value:
 
 
 def _e2m1(writer: NodeWriter, x: ir.Value) -> ir.Value:
-    """To the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, half to even: whole multiples of their steps."""
-    clipped = writer.op("Clip", [x, _number(writer, -E2M1_MAX), _number(writer, E2M1_MAX)], like=x)
+    """To the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, half to even: multiples of their steps."""
+    clipped = writer.op("Clip", [x, _number(writer, -_E2M1_MAX), _number(writer, _E2M1_MAX)], like=x)
     size = writer.op("Abs", [clipped], like=x)
     step = _number(writer, 2.0)
     for bound, distance in reversed(_BOUNDS):

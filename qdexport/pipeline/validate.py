@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qdexport.build.audit import audit
 from qdexport.build.plan import engine_coverage
 from qdexport.build.storage import engine_weight_types, storage_mismatches
+from qdexport.build.sums import half_precision_sums
 from qdexport.check.calls import check_calls
 from qdexport.check.engine_parity import write_golden
 from qdexport.check.parity import layer_parity
@@ -16,7 +17,7 @@ from qdexport.check.session import REFERENCE
 from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
 from qdexport.core.results import Coverage, Plan, WeightStorage
-from qdexport.core.spec import layer_precision, weight_storage
+from qdexport.core.spec import Granularity, layer_precision, weight_storage
 from qdexport.core.target import target_named
 from qdexport.emit.coverage import onnx_coverage, onnx_weight_types
 from qdexport.emit.facts import read_network_facts
@@ -86,6 +87,7 @@ def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None, *, in
             if precision == "folded" and compiled[part] == "missing":
                 compiled[part] = "folded"
     storage = _storage_of(model, onnx_path, plan)
+    sums = [] if plan is None else half_precision_sums(plan, _scaled_per_channel(model))
     return Coverage(
         planned=planned,
         onnx=emitted,
@@ -100,7 +102,17 @@ def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None, *, in
         why={part: layer.why for layer in model.plans for part in layer.parts},
         macs_planned_share=macs_share(model.plans),
         average_weight_bits=average_weight_bits(model.denoiser, model.plans),
-        mismatches=[*audit(planned, emitted, compiled), *storage_mismatches(storage)],
+        mismatches=[*audit(planned, emitted, compiled), *storage_mismatches(storage), *sums],
+    )
+
+
+def _scaled_per_channel(model: QuantizedModel) -> frozenset[str]:
+    """Layers, and parts of them, that multiply codes and have a scale per output channel."""
+    return frozenset(
+        part
+        for layer in model.plans
+        if layer.quantized and layer.weight is not None and layer.weight.granularity is Granularity.PER_CHANNEL
+        for part in layer.parts
     )
 
 

@@ -50,7 +50,7 @@ def weight_parts(layer: nn.Module) -> list[tuple[Tensor, WeightQuantizer]]:
 
 
 def weight_codes(weight: Tensor, quantizer: WeightQuantizer) -> Codes:
-    """The codes of one weight, int8 or uint8 (FP8, FP4: bits); block by block, so that temporaries stay in the cache."""
+    """The codes of one weight, int8 or uint8 (FP8, FP4: bits); block by block, so that temporaries stay cached."""
     codes = torch.empty(weight.shape, dtype=torch.int8 if quantizer.spec.signed else torch.uint8)
     spec, scale, zero_point = quantizer.spec, quantizer.scale, quantizer.zero_point
     rows = max(1, _BLOCK_VALUES // max(1, weight[0].numel()))
