@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx_ir as ir
 
-from benchmarks.scale import audited
 from benchmarks.synthetic import ddim_timesteps, synthetic_plans, synthetic_ranges
 from qdexport.build.audit import audit
 from qdexport.build.engine import BuildOptions, build_engine
@@ -27,6 +26,7 @@ from qdexport.models.load import loaded_from_denoiser
 from qdexport.models.synthetic import random_unet
 from qdexport.passes import DEFAULT_ORDER
 from qdexport.pipeline.lower import lower_to_onnx, network_facts, stores_int4_weights
+from qdexport.pipeline.validate import coverage_of
 from qdexport.quant.attach import quantize_model
 
 if TYPE_CHECKING:
@@ -141,7 +141,25 @@ def _recipe(source: random.Random, model: str, seed: int) -> dict[str, Any]:
         recipe["softmax"] = {"bits": source.choice([4, 8]), "mode": source.choice(["adaptive", "log2", "uniform"])}
     if model != "tiny_unet2d" and source.random() < 0.4:
         recipe["bos"] = "constant"
+    if source.random() < 0.4:
+        recipe["rules"].append(_format_rule(source))
     return recipe
+
+
+def _format_rule(source: random.Random) -> dict[str, Any]:
+    """FP8, or weights alone (in blocks where they may be), for some layers; NVFP4 is not for every target."""
+    kinds = source.choice([["linear"], ["conv"], ["conv", "linear"]])
+    rule: dict[str, Any] = {"match": source.choice(["*", "*.attentions.*"]), "kinds": kinds}
+    granularity = source.choice(["per_channel", "per_channel", "per_tensor"])
+    if source.random() < 0.5:
+        return {
+            **rule,
+            "weight": {"format": "fp8", "granularity": granularity},
+            "activation": {"format": "fp8", "observer": {"kind": source.choice(["minmax", "mse"])}},
+        }
+    if kinds == ["linear"] and source.random() < 0.6:
+        return {**rule, "weight": {"bits": 4, "granularity": "per_block", "block_size": source.choice([16, 32, 64])}}
+    return {**rule, "weight": {"bits": source.choice([8, 4]), "granularity": granularity}}
 
 
 def _quantizers(source: random.Random) -> dict[str, Any]:
@@ -279,8 +297,8 @@ def _check_engine(model: QuantizedModel, lowered: Lowered, folder: Path, checked
     target = target_named("tensorrt-rtx")
     options = BuildOptions(target=target, io=lowered.facts.io, compute_capabilities=("8.9",))
     facts, plan = build_engine(lowered.file.path, folder, options)
-    planned, found = _types(model, lowered, target)
-    problems = audited(planned, found, plan)["mismatches"]
+    coverage = coverage_of(model, lowered.file.path, plan, int4=stores_int4_weights(model, target))
+    problems = coverage.mismatches
     if problems:
         raise FuzzError(f"engine: {'; '.join(problems)}")
     checked.kernels = facts.kernels
