@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["FoldAdapters"]
 
 _QUANTIZER = ".weight_quantizer"
+_BLOCKS_OPSET = 21  # the first whose DequantizeLinear has them
 _RANGES = {ir.DataType.INT8: (-128, 127), ir.DataType.INT4: (-8, 7)}
 
 
@@ -65,6 +66,8 @@ class FoldAdapters:
                 # the FP weight is released here, so that a large model is never held twice
                 remove_unused_inputs(node)
         if report.touched:
+            if any("block_size" in node.attributes for node in model.graph if node.op_type == "DequantizeLinear"):
+                model.graph.opset_imports[""] = max(model.graph.opset_imports.get("", 0), _BLOCKS_OPSET)
             remove_unused(model)
 
 

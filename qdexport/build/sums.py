@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qdexport.build.plan import COMPUTE_KINDS, compute_precision, plan_tensors
+from qdexport.core.layer_names import layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -38,7 +39,8 @@ def half_precision_sums(plan: Plan, per_channel: Collection[str]) -> list[str]:
             continue
         if not {tensor.dtype for tensor in plan_tensors(kernel.outputs)} & _HALVES:
             continue
-        layers = [node.rpartition("/")[0] for node in kernel.nodes if node.endswith(("/MatMul", "/Gemm", "/Conv"))]
+        products = [node.rpartition("/")[0] for node in kernel.nodes if node.endswith(("/MatMul", "/Gemm", "/Conv"))]
+        layers = [layer for product in products for layer in layers_of(product)]
         sentences += [
             f"{layer}: its sums of products leave {kernel.name} in 16 bits before the scales per channel are "
             "multiplied, and overflow beyond 65,504"
