@@ -12,6 +12,7 @@ from qdexport.passes.fold_time_embedding import FoldTimeEmbedding
 from qdexport.passes.legalize_types import LegalizeTypes
 from qdexport.passes.lower_bitwidth import LowerBitwidth
 from qdexport.passes.lower_log2 import LowerLog2
+from qdexport.passes.lower_nvfp4 import LowerNvfp4
 from qdexport.passes.lower_timestep_scale import LowerTimestepScale
 from qdexport.passes.lower_zero_point import LowerZeroPoint
 from qdexport.passes.merge_projections import MergeProjections
@@ -38,6 +39,7 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     PrecomputeBos,
     MergeProjections,
     LowerLog2,
+    LowerNvfp4,
     LowerZeroPoint,
     LowerTimestepScale,
     LowerBitwidth,

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import DOMAIN
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
+from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE
 from qdexport.graph.query import dtype_of, input_of, module_of, value_name
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ __all__ = ["LegalizeTypes"]
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 _WIDER = {(ir.DataType.FLOAT16, ir.DataType.FLOAT), (ir.DataType.BFLOAT16, ir.DataType.FLOAT)}
-_MIXED_BY_DEFINITION = frozenset({"QuantizeLinear", "DequantizeLinear", "Cast", "CastLike", "Resize"})
+_MIXED_BY_DEFINITION = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "Cast", "CastLike", "Resize", DYNAMIC_QUANTIZE}
+)
 
 
 class LegalizeTypes:

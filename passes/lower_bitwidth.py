@@ -1,4 +1,4 @@
-"""Lowers static symmetric activation quantizers of any width to a QuantizeLinear/DequantizeLinear pair in INT8.
+"""Lowers static symmetric activation quantizers to a QuantizeLinear/DequantizeLinear pair, in INT8 or FP8.
 
 Before: ``x -> FakeQuantize(s, z=0, qmin, qmax)``
 After:  ``x [-> Cast] [-> Clip(qmin s, qmax s)] -> QuantizeLinear(s) -> DequantizeLinear(s) [-> Cast]``
@@ -7,7 +7,8 @@ Identity: INT8 saturates at -128 and 127, so a narrower range needs a Clip only;
 clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact. This is the portable
 typed form: FP32 scales between casts, which TensorRT 10.0 to 11.4, TensorRT-RTX and ONNX Runtime all compute alike.
 Layers with INT4 weights, and merged ones (pass merge-projections), read the FP32 value directly and cast their product
-instead (:mod:`qdexport.passes.float32_product`); the scales of merged ones stand behind the product.
+instead (:mod:`qdexport.passes.float32_product`); the scales of merged ones stand behind the product. FP8 saturates at
+448 by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qdexport.graph.query import (
     compute_consumers,
     const_of,
     dtype_of,
+    form_of,
     graph_of,
     input_of,
     int_attr,
@@ -54,6 +56,7 @@ class LowerBitwidth:
         "share-quantizers",
         "fold-adapters",
         "lower-log2",
+        "lower-nvfp4",
         "lower-zero-point",
         "lower-timestep-scale",
     )
@@ -70,10 +73,13 @@ class LowerBitwidth:
 def _lower(node: ir.Node) -> None:
     scale, zero_point = const_of(node, 1), const_of(node, 2)
     qmin, qmax = int_attr(node, "qmin"), int_attr(node, "qmax")
+    fp8 = form_of(node) == "fp8"
+    if fp8:
+        qmin, qmax = _INT8_MIN, _INT8_MAX  # nothing to clip
     if scale.size != 1 or zero_point.any() or qmin < _INT8_MIN or qmax > _INT8_MAX:
         raise GraphPassError(
-            f"{module_of(node)}: a quantizer with {scale.size} scales and codes {qmin}..{qmax} is not symmetric INT8; "
-            "run lower-zero-point and lower-timestep-scale first"
+            f"{module_of(node)}: a quantizer with {scale.size} scales and codes {qmin}..{qmax} is not symmetric INT8 "
+            "or FP8; run lower-zero-point and lower-timestep-scale first"
         )
     step = np.float32(scale.reshape(-1)[0])
     writer = NodeWriter(node)
@@ -86,8 +92,9 @@ def _lower(node: ir.Node) -> None:
         ]
         x = writer.op("Clip", [x, *bounds], like=x)
     scale_value = writer.constant("scale", np.float32(step))
-    zero = writer.constant("zero", np.int8(0))
-    codes = writer.op("QuantizeLinear", [x, scale_value, zero], dtype=ir.DataType.INT8, shape=x.shape)
+    kind = ir.DataType.FLOAT8E4M3FN if fp8 else ir.DataType.INT8
+    zero = writer.constant("zero", np.zeros((), kind.numpy()))
+    codes = writer.op("QuantizeLinear", [x, scale_value, zero], dtype=kind, shape=x.shape)
     restored = writer.op("DequantizeLinear", [codes, scale_value, zero], dtype=ir.DataType.FLOAT, shape=x.shape)
     for item in list(compute_consumers(node.outputs[0])):
         if is_merged(item) and const_of(dequantized_weight(item), 1).size > 1:

@@ -177,6 +177,8 @@ def _facts(result: BuildResult, plan: Plan, io: IoSpec) -> EngineFacts:
         kernels=counts.kernels,
         kernels_by_type=counts.by_type,
         int8_compute=counts.int8_compute,
+        fp8_compute=counts.fp8_compute,
+        nvfp4_compute=counts.nvfp4_compute,
         fp_compute=counts.fp_compute,
         attention_kernels=counts.attention_kernels,
         build_seconds=round(result["seconds"], 3),

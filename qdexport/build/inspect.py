@@ -26,6 +26,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "by_type": counts.by_type,
         "by_profile": _by_profile(plan),
         "int8_compute": counts.int8_compute,
+        "fp8_compute": counts.fp8_compute,
+        "nvfp4_compute": counts.nvfp4_compute,
         "fp_compute": counts.fp_compute,
         "attention_kernels": counts.attention_kernels,
         "quantize_only": counts.quantize_only,

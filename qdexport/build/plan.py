@@ -30,6 +30,7 @@ __all__ = [
     "parse_plan",
     "plan_tensors",
     "quantizes_only",
+    "weight_order",
 ]
 
 # kernels that multiply matrices: those of TensorRT-RTX 1.7, and what published logs of TensorRT 10 show
@@ -48,6 +49,7 @@ _DTYPES = {
     "BF16": "bf16",
     "FP8": "fp8",
     "FP4": "nvfp4",
+    "FP4E2M1": "nvfp4",
     "Int8": "int8",
     "INT8": "int8",
     "Int4": "int4",
@@ -110,7 +112,9 @@ class KernelCounts:
         kernels: entries without stream signals and waits.
         by_type: the same by the builder's own kinds.
         int8_compute: convolutions and matrix products with constant weights whose operands are both integers.
-        fp_compute: those that compute in floating point.
+        fp8_compute: those whose operands are both FP8.
+        nvfp4_compute: those whose operands are both NVFP4.
+        fp_compute: those that compute in a wider floating-point type.
         attention_kernels: fused attention, and matrix products of two activations.
         quantize_only: pointwise kernels that do nothing but quantize.
     """
@@ -118,6 +122,8 @@ class KernelCounts:
     kernels: int
     by_type: dict[str, int]
     int8_compute: int
+    fp8_compute: int
+    nvfp4_compute: int
     fp_compute: int
     attention_kernels: int
     quantize_only: int
@@ -171,12 +177,14 @@ def kernel_counts(plan: Plan) -> KernelCounts:
                 weighted.append(compute_precision(kernel))
             else:
                 attention += 1
-    integer = sum(precision in {"int8", "int4"} for precision in weighted)
+    by_precision = Counter("int8" if precision == "int4" else precision for precision in weighted)
     return KernelCounts(
         kernels=len(kernels),
         by_type=dict(sorted(Counter(kernel.kind for kernel in kernels).items())),
-        int8_compute=integer,
-        fp_compute=len(weighted) - integer,
+        int8_compute=by_precision["int8"],
+        fp8_compute=by_precision["fp8"],
+        nvfp4_compute=by_precision["nvfp4"],
+        fp_compute=sum(count for precision, count in by_precision.items() if precision not in _NARROW),
         attention_kernels=attention,
         quantize_only=sum(quantizes_only(kernel) for kernel in kernels),
     )
@@ -293,11 +301,18 @@ def _operands(kernel: KernelFact) -> tuple[PlanTensor, ...]:
     """The two factors of a matrix kernel: scales, biases and the like are left out."""
     tensors = plan_tensors(kernel.inputs)
     activations = tuple(tensor for tensor in tensors if not tensor.constant)
-    # constants come in any order, and behind a bias that is computed; the weight is the largest
-    weight = max((tensor for tensor in tensors if tensor.constant), key=lambda t: prod(t.dims), default=None)
+    # constants come in any order, and behind a bias that is computed; the weight is the largest, or the one in NVFP4
+    weight = max((tensor for tensor in tensors if tensor.constant), key=weight_order, default=None)
     if kernel.kind in _FUSED_KINDS:
         return activations[:2] if weight is None else (*activations[:1], weight)
     return tensors[:2] if weight is None or not _is_weight(weight) else (*activations[:1], weight)
+
+
+def weight_order(constant: PlanTensor) -> tuple[bool, int]:
+    """Sorts the constants of a kernel so that its weight is last: NVFP4's scales of blocks are padded to tiles, which
+    may be larger than a small weight.
+    """
+    return constant.dtype == "nvfp4", prod(constant.dims)
 
 
 def _is_weight(constant: PlanTensor) -> bool:

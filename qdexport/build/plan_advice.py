@@ -23,8 +23,8 @@ _QUANTIZE = (
     "--dump-passes DIR` shows the graph around them"
 )
 _WIDEN = (
-    "{count} kernels widen 4-bit weights in every call; `int4_storage: never` stores them as INT8: more bytes on disk, "
-    "less time"
+    "{count} kernels widen stored weights in every call: fewer bytes on disk, not less time; 4-bit weights of INT8 "
+    "products do without in INT8 (`int4_storage: never`), weight-only layers with quantized inputs"
 )
 _UNFUSED = (
     "{count} products of attention are kernels of their own; without softmax quantizers, and with an FP16 body, the "

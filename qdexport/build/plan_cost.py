@@ -21,6 +21,7 @@ from qdexport.build.plan import (
     is_fused_attention,
     plan_tensors,
     quantizes_only,
+    weight_order,
 )
 from qdexport.errors import BuildError
 
@@ -48,7 +49,7 @@ _BYTES = {
 _CONVOLUTIONS = frozenset({"correlation", "deconv", "CaskConvolution", "CaskConvActPool", "CaskDeconvolution"})
 _COPIES = frozenset({"copy", "memset"})
 _NO_KERNELS = frozenset({"signal", "wait", "cjmp"})
-_NARROW_WEIGHTS = frozenset({"int4", "nvfp4"})
+_NARROW_WEIGHTS = frozenset({"int4", "nvfp4", "int8", "fp8"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +199,8 @@ def _role(kernel: KernelFact, inputs: Sequence[PlanTensor], outputs: Sequence[Pl
     if quantizes_only(kernel):
         return "quantize"
     if inputs and all(tensor.constant for tensor in inputs):
-        narrow = any(tensor.dtype in _NARROW_WEIGHTS for tensor in inputs)
-        if narrow and all(tensor.dtype not in _NARROW_WEIGHTS for tensor in outputs):
+        codes = [_BYTES[tensor.dtype] for tensor in inputs if tensor.dtype in _NARROW_WEIGHTS]
+        if codes and all(_BYTES.get(tensor.dtype, 0.0) > min(codes) for tensor in outputs):
             return "widen"
     return "pointwise"
 
@@ -230,7 +231,7 @@ def _operations(
 def _weight(inputs: Sequence[PlanTensor]) -> PlanTensor:
     """The largest constant of two dimensions or more; scales and biases have as many but fewer elements."""
     constants = [tensor for tensor in inputs if tensor.constant and len(tensor.dims) > 1]
-    return max(constants, key=lambda tensor: prod(tensor.dims))
+    return max(constants, key=weight_order)
 
 
 def _attention_operations(inputs: Sequence[PlanTensor]) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qdexport.capture.dimensions import fixed_dimensions, name_dimensions
 from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
-from qdexport.graph.dialect import DOMAIN, VERSION, register_schema
+from qdexport.graph.dialect import DOMAIN, FORM, VERSION, register_schema
 from qdexport.graph.edit import replace_value
 from qdexport.models.denoiser_io import call_denoiser, example_inputs
 from qdexport.models.rotary import exportable, out_of_range
@@ -198,13 +198,16 @@ def _drop_idle_squeezes(model: ir.Model) -> None:
 
 
 def _translate(  # noqa: PLR0913  the signature of the operator
-    x: Any, scale: Any, zero_point: Any, row: Any, qmin: int, qmax: int, axis: int, mode: Any = None
+    x: Any, scale: Any, zero_point: Any, row: Any, qmin: int, qmax: int, axis: int, mode: Any = None, form: str = "int"
 ) -> Any:
     dialect = values.Opset(DOMAIN, VERSION)
     inputs = [x, scale, zero_point, row, mode]
     while inputs[-1] is None:
         inputs.pop()
-    return dialect.FakeQuantize(*inputs, qmin=qmin, qmax=qmax, axis=axis)
+    attributes: dict[str, Any] = {"qmin": qmin, "qmax": qmax, "axis": axis}
+    if form != "int":
+        attributes[FORM] = form
+    return dialect.FakeQuantize(*inputs, **attributes)
 
 
 def _traced(io: IoSpec) -> IoSpec:

@@ -34,10 +34,10 @@ from qdexport.errors import ParityError
 from qdexport.graph.probe import LayerProbe, Probe, build_probe, find_probes, find_softmax_probes, weight_codes
 from qdexport.graph.query import scaled_for, sequence_first
 from qdexport.models.sampling import DenoiserCall
-from qdexport.quant.affine import quantize_codes
+from qdexport.quant.affine import nvfp4_codes, quantize_codes
 from qdexport.quant.attach import QuantizedModel
 from qdexport.quant.modules import ActivationQuantizer, WeightQuantizer, quantizer_pairs
-from qdexport.quant.ops import NO_AXIS
+from qdexport.quant.packing import weight_codes as torch_codes
 from qdexport.quant.softmax import SoftmaxQuantizer
 
 __all__ = ["end_to_end", "layer_parity"]
@@ -55,7 +55,7 @@ def layer_parity(
     calls: Sequence[DenoiserCall],
     on_progress: OnCall | None = None,
 ) -> list[LayerParity]:
-    """Compares every quantized layer on the inputs that it has in the given denoiser calls.
+    """Compares every layer with a quantized weight on the inputs that it has in the given denoiser calls.
 
     PyTorch computes in FP32 whatever the type of the body; the inputs of an FP16 body's layers are rounded to FP16.
     Layers are cut out of the ONNX file and run in chunks as PyTorch reaches them, so that the memory beyond
@@ -69,15 +69,16 @@ def layer_parity(
         on_progress: called with the denoiser calls done and their total.
 
     Returns:
-        One entry per quantized layer (per part of a split layer), in the plan's order, of its worst call.
+        One entry per layer with a quantized weight (per part of a split layer), in the plan's order, of its worst call.
 
     Raises:
         ParityError: a layer is not quantized in the file, does not run in PyTorch, or the file cannot be run.
         ModelError: there is no such ONNX file.
     """
-    plans = [plan for plan in model.plans if plan.quantized]
+    plans = [plan for plan in model.plans if plan.quantizes_weight]
     softmax = [name for name, module in model.denoiser.named_modules() if isinstance(module, SoftmaxQuantizer)]
-    comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts], softmax)
+    weight_only = [plan.name for plan in plans if plan.weight_only]
+    comparison = _Comparison(onnx_path, [part for plan in plans for part in plan.parts], softmax, weight_only)
     comparison.carry(model.denoiser)
     for done, call in enumerate(calls):
         inputs = fit_inputs(call.inputs, io)
@@ -140,10 +141,12 @@ class _Chunk:
 class _Comparison:
     """Takes tensors of layers from PyTorch, runs the same layers in ONNX Runtime, and keeps the worst."""
 
-    def __init__(self, path: Path, names: Sequence[str], softmax: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path, names: Sequence[str], softmax: Sequence[str] = (), weight_only: Sequence[str] = ()
+    ) -> None:
         self._model = load_onnx(path)
         self._folder = path.parent
-        self._layers = find_probes(self._model, names)
+        self._layers = find_probes(self._model, names, frozenset(weight_only))
         self._probes: dict[str, Probe] = {**self._layers, **find_softmax_probes(self._model, softmax)}
         self._worst = {name: _Worst() for name in names}
         self._worst |= {name: _Worst(weight=0.0) for name in softmax}  # no weight to compare
@@ -168,28 +171,27 @@ class _Comparison:
         worst = self._worst[name]
         if worst.weight is not None:
             return
-        axis = 0 if quantizer.scale.dim() == 2 else NO_AXIS
-        scale, zero = (_along(table[0], axis, weight.dim()) for table in (quantizer.scale, quantizer.zero_point))
-        codes = quantize_codes(weight, scale, zero, quantizer.spec.qmin, quantizer.spec.qmax) - zero
+        codes = torch_codes(weight, quantizer)
         stored = weight_codes(self._layers[name])
-        worst.weight = flip_rate(codes.to(torch.int16).numpy(), stored.astype(np.int16))
-        if stored.shape != tuple(codes.shape):
+        worst.weight = flip_rate(codes.astype(np.int16), stored.astype(np.int16))
+        if stored.shape != codes.shape:
             logger.warning(
                 "the weight of %s is %s in the ONNX file, %s in PyTorch",
                 name,
                 stored.shape,
-                tuple(codes.shape),
+                codes.shape,
             )
             worst.sqnr_db, worst.codes = WORST_DB, 1.0
 
-    def layer(self, name: str, quantizer: ActivationQuantizer, x: Tensor, y: Tensor) -> None:
-        """Takes one layer's input and output."""
+    def layer(self, name: str, quantizer: ActivationQuantizer | None, x: Tensor, y: Tensor) -> None:
+        """Takes one layer's input and output; without a quantizer of the input there are no codes to compare."""
         if name in self._carried:
             y = y.clone()
             channels = y if self._layers[name].node.op_type != "Conv" else y.movedim(1, -1)
             for first, inverse in self._carried[name]:
                 channels[..., first : first + len(inverse)] *= inverse
-        self._take(name, x, _codes(quantizer, x, self._layers[name].pads), y)
+        codes = None if quantizer is None else _codes(quantizer, x, self._layers[name].pads)
+        self._take(name, x, codes, y)
 
     def softmax(self, name: str, x: Tensor, y: Tensor) -> None:
         """Takes the input and output of a quantizer behind softmax; its values stand for its codes."""
@@ -197,7 +199,7 @@ class _Comparison:
         values = y.numpy(force=True)
         self._take(name, x, values if dtype is None else values.astype(dtype.numpy()), y)
 
-    def _take(self, name: str, x: Tensor, codes: np.ndarray, y: Tensor) -> None:
+    def _take(self, name: str, x: Tensor, codes: np.ndarray | None, y: Tensor) -> None:
         worst = self._worst[name]
         worst.calls += 1
         if worst.sqnr_db == WORST_DB:
@@ -207,11 +209,13 @@ class _Comparison:
         dtype = probe.x.dtype
         output = y.numpy(force=True).copy()
         if isinstance(probe, LayerProbe) and sequence_first(probe.node):
-            array, codes, output = (np.ascontiguousarray(item.swapaxes(0, 1)) for item in (array, codes, output))
+            array, output = (np.ascontiguousarray(item.swapaxes(0, 1)) for item in (array, output))
+            codes = None if codes is None else np.ascontiguousarray(codes.swapaxes(0, 1))
         chunk = self._chunk
         chunk.names.append(name)
         chunk.feed[probe.x_name] = array if dtype is None else array.astype(dtype.numpy(), copy=False)
-        chunk.expected[probe.codes_name] = codes
+        if codes is not None:
+            chunk.expected[probe.codes_name] = codes
         chunk.expected[probe.y_name] = output
         chunk.bytes += 2 * array.nbytes + 2 * y.nbytes
         if chunk.bytes > _CHUNK_BYTES:
@@ -325,7 +329,7 @@ def _take_layer(
 
 
 def _codes(quantizer: ActivationQuantizer, x: Tensor, pads: tuple[int, ...]) -> np.ndarray:
-    """The codes as the ONNX file should have them: less the zero point, or the offset of the INT8 carrier."""
+    """The codes as the ONNX file should have them: less the zero point, or the offset of the carrier; FP8 as bytes."""
     spec = quantizer.spec
     row = None if quantizer.scale.shape[0] == 1 or quantizer.context is None else quantizer.context.row
     index = torch.zeros(1, dtype=torch.int64) if row is None else row
@@ -336,13 +340,11 @@ def _codes(quantizer: ActivationQuantizer, x: Tensor, pads: tuple[int, ...]) -> 
         # torch counts from the last dimension
         widths = [width for axis in reversed(range(half)) for width in (pads[axis], pads[half + axis])]
         x = nn.functional.pad(x, widths)
+    if spec.format == "nvfp4":
+        return nvfp4_codes(x, quantizer.scale).numpy()  # what ONNX Runtime computes in place of FP4
+    if spec.format == "fp8":
+        values = quantize_codes(x, scale, zero, spec.qmin, spec.qmax, "fp8")
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy()  # ONNX Runtime hands them out as bytes
     codes = quantize_codes(x, scale, zero, spec.qmin, spec.qmax)
     offset = carrier_offset(spec.qmin, spec.qmax, quantizer.zero_point.numpy())
     return (codes - (zero if offset is None else offset)).to(torch.int16).numpy()
-
-
-def _along(values: Tensor, axis: int, rank: int) -> Tensor:
-    shape = [1] * rank
-    if axis != NO_AXIS:
-        shape[axis] = -1
-    return values.reshape(shape)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
 
 from qdexport.errors import MissingDependencyError, ParityError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE, executable
 
 __all__ = ["REFERENCE", "ort_errors", "reference_session"]
 
@@ -20,7 +22,8 @@ def reference_session(model: Path | bytes, data_folder: Path | None = None) -> A
 
     ``ORT_ENABLE_BASIC`` gives the numbers of the unoptimized graph; the default level fuses Q/DQ pairs into
     kernels with other arithmetic (31 dB apart on a UNet), and is never a reference. 4-bit weights are
-    multiplied in floating point instead of with activations rounded to INT8, which is the default.
+    multiplied in floating point instead of with activations rounded to INT8, which is the default. NVFP4, for which it
+    has no operators, is written out in FP32 ones first.
 
     Args:
         model: a file, or a serialized model.
@@ -42,12 +45,25 @@ def reference_session(model: Path | bytes, data_folder: Path | None = None) -> A
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(data_folder)
         )
-    source = model if isinstance(model, bytes) else str(model)
+    source = _executable(model)
+    if isinstance(source, bytes) and isinstance(model, Path):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except ort_errors() as error:
         what = "a cut-out of the model" if isinstance(model, bytes) else str(model)
         raise ParityError(f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0]}") from error
+
+
+def _executable(model: Path | bytes) -> str | bytes:
+    """What ONNX Runtime is given: the model itself, or with NVFP4 written out in FP32 (:mod:`qdexport.graph.nvfp4`)."""
+    content = model if isinstance(model, bytes) else model.read_bytes() if model.is_file() else b""
+    if DYNAMIC_QUANTIZE.encode() not in content:
+        return model if isinstance(model, bytes) else str(model)
+    graph = ir.from_proto(onnx.load_model_from_string(content)) if isinstance(model, bytes) else ir.load(model)
+    executable(graph)
+    serialized: bytes = ir.to_proto(graph).SerializeToString()
+    return serialized
 
 
 def ort_errors() -> tuple[type[Exception], ...]:

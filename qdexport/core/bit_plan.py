@@ -144,6 +144,11 @@ def apply_bit_plan(plans: Sequence[LayerPlan], plan: BitPlan) -> list[LayerPlan]
         bits = plan.layers.get(layer.name)
         if bits is None:
             changed.append(layer)
+        elif layer.weight_only and bits.weight != FLOAT_BITS:
+            raise RecipeError(
+                f"bit plan: the rule of {layer.name} quantizes its weight alone ({layer.why}); leave the layer out "
+                "of the plan, or give its rule an activation"
+            )
         elif layer.weight is None or layer.activation is None or layer.folded:
             if bits.weight != FLOAT_BITS:
                 raise RecipeError(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qdexport.core.companion_facts import CompanionName
 from qdexport.core.files import digest_of
-from qdexport.core.spec import QuantSpec
+from qdexport.core.spec import Granularity, QuantSpec
 from qdexport.errors import RecipeError
 
 __all__ = [
@@ -72,7 +72,10 @@ class _Matching(_Part):
 
 
 class Rule(_Matching):
-    """Which layers get which quantizers; the last rule that matches a layer wins."""
+    """Which layers get which quantizers; the last rule that matches a layer wins.
+
+    ``weight`` alone is weight-only: codes are stored, and the product is computed in the type of the body.
+    """
 
     match: str | tuple[str, ...]
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
@@ -81,15 +84,34 @@ class Rule(_Matching):
 
     @model_validator(mode="after")
     def _check(self) -> Rule:
-        if (self.weight is None) != (self.activation is None):
-            raise ValueError(
-                "a rule needs both weight and activation, or neither (then the layer stays in floating point)"
-            )
-        if self.weight is not None and not self.weight.symmetric:
+        weight, activation = self.weight, self.activation
+        if weight is None:
+            if activation is not None:
+                raise ValueError(
+                    "a rule with activation needs weight too (weight alone is weight-only, neither is floating point)"
+                )
+            return self
+        if not weight.symmetric:
             raise ValueError("weights are quantized symmetrically: set weight.symmetric to true")
-        if self.activation is not None and self.activation.granularity != "per_tensor":
+        if activation is None:
+            if weight.format != "int":
+                raise ValueError(f"format {weight.format} needs activation of the same format; weight-only has int")
+            return self
+        if activation.granularity != "per_tensor":
             raise ValueError("activations have one scale per tensor: remove activation.granularity")
+        if weight.format != activation.format:
+            raise ValueError(f"weight is {weight.format} and activation {activation.format}: a product has one format")
+        if weight.granularity is Granularity.PER_BLOCK:
+            raise ValueError(
+                "weights with a scale per block are weight-only (no builder multiplies them with quantized inputs): "
+                "remove activation, or use granularity: per_channel"
+            )
         return self
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether the rule stores weights as codes and leaves the product in floating point."""
+        return self.weight is not None and self.activation is None
 
     def matches(self, name: str, kind: str) -> bool:
         """Whether a layer with this module path and kind is meant."""
@@ -281,6 +303,24 @@ class Recipe(_Part):
     companions: Companions = Companions()
     compute_capabilities: tuple[str, ...] | None = None
     validation: Validation = Validation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.activation_rows != "static":
+            for number, rule in enumerate(self.rules, 1):
+                if rule.weight is not None and rule.weight.format == "nvfp4":
+                    raise ValueError(
+                        f"rule {number} has format nvfp4, whose blocks are scaled at run time: no builder takes a "
+                        "scale that depends on the step beside that; set activation_rows: static"
+                    )
+        if self.bit_allocation is not None:
+            for number, rule in enumerate(self.rules, 1):
+                if rule.weight_only or (rule.weight is not None and rule.weight.format != "int"):
+                    raise ValueError(
+                        f"bit_allocation chooses widths of integer weights and activations, which rule {number} does "
+                        "not have; remove bit_allocation, or give that rule both as int"
+                    )
+        return self
 
     def digest(self) -> str:
         """A SHA-256 over everything the recipe says."""

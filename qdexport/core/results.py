@@ -29,6 +29,7 @@ __all__ = [
     "Report",
     "ShapeParity",
     "StageFacts",
+    "WeightStorage",
     "WholePipeline",
 ]
 
@@ -119,12 +120,23 @@ class Quality(_Record):
     error_per_step: list[dict[str, float]] = Field(default_factory=list)
 
 
+class WeightStorage(_Record):
+    """The type that one weight is stored in: planned, found in the ONNX file, found in the compiled plan."""
+
+    planned: str
+    onnx: str
+    engine: str | None = None
+
+
 class Coverage(_Record):
-    """Compute type per layer: planned, found in the ONNX file, found in the compiled plan."""
+    """Compute type per layer: planned, found in the ONNX file, found in the compiled plan; ``storage`` has the layers
+    whose weight alone is quantized.
+    """
 
     planned: dict[str, str]
     onnx: dict[str, str]
     engine: dict[str, str] = Field(default_factory=dict)
+    storage: dict[str, WeightStorage] = Field(default_factory=dict)
     bits: dict[str, list[int]] = Field(default_factory=dict)
     why: dict[str, str] = Field(default_factory=dict)
     notes: dict[str, str] = Field(default_factory=dict)
@@ -238,6 +250,8 @@ class EngineFacts(_Record):
     peak_rss_mb: float
     builder_version: str = ""
     kernels_fp_baseline: int | None = None
+    fp8_compute: int = 0
+    nvfp4_compute: int = 0
     profiles: list[ProfileFacts] = Field(default_factory=list)
 
 

@@ -15,11 +15,16 @@ if TYPE_CHECKING:
 
     from qdexport.core.spec import LayerPlan
 
-__all__ = ["onnx_coverage"]
+__all__ = ["onnx_coverage", "onnx_weight_types"]
 
 # what may stand between a DequantizeLinear and the layer, or between a constant and its DequantizeLinear
 _PASSIVE = frozenset({"Cast", "Reshape", "Transpose", "Identity", "Squeeze", "Unsqueeze", "Flatten"})
-_NAMES = {ir.DataType.INT8: "int8", ir.DataType.INT4: "int4", ir.DataType.FLOAT8E4M3FN: "fp8"}
+_NAMES = {
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT4: "int4",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
+    ir.DataType.FLOAT4E2M1: "nvfp4",
+}
 _FLOATS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
@@ -46,6 +51,19 @@ def onnx_coverage(path: Path, layers: Iterable[LayerPlan]) -> dict[str, str]:
             else:
                 coverage[part] = _compute_type(node)
     return coverage
+
+
+def onnx_weight_types(path: Path, names: Iterable[str]) -> dict[str, str]:
+    """The type that the weight of each named layer is stored in, from the file alone; ``missing`` without the layer's
+    node, ``float`` where the weight is no constant behind a DequantizeLinear.
+    """
+    model = ir.load(path)
+    nodes = {node.name: node for node in model.graph if node.op_type in COMPUTE_OPS}
+    found = {}
+    for name in names:
+        node = next((nodes[key] for op in COMPUTE_OPS if (key := f"{name}/{op}") in nodes), None)
+        found[name] = "missing" if node is None else _narrow_type(node.inputs[1]) or "float"
+    return found
 
 
 def _compute_type(node: ir.Node) -> str:

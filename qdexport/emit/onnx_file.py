@@ -18,6 +18,7 @@ from qdexport.emit.legal import check_legal
 from qdexport.errors import EmitError
 from qdexport.graph.dialect import DOMAIN, LAYER_KEY
 from qdexport.graph.edit import name_everything
+from qdexport.graph.nvfp4 import declare_nvfp4, has_nvfp4
 
 if TYPE_CHECKING:
     from qdexport.core.target import Target
@@ -111,6 +112,8 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
     model.graph.opset_imports.clear()
     model.graph.opset_imports[""] = target.opset
     model.ir_version = _IR_VERSIONS[target.opset]
+    if has_nvfp4(model):
+        declare_nvfp4(model)
     model.producer_name = "qdexport"
     model.producer_version = __version__
     model.metadata_props.clear()

@@ -8,6 +8,7 @@ __all__ = [
     "CHANNEL_SCALE",
     "DOMAIN",
     "FAKE_QUANTIZE",
+    "FORM",
     "LAYER_KEY",
     "LOG2_ZERO",
     "NO_AXIS",
@@ -20,6 +21,7 @@ __all__ = [
 
 DOMAIN = "qdexport"
 FAKE_QUANTIZE = "FakeQuantize"
+FORM = "form"
 VERSION = 1
 NO_AXIS = -1
 
@@ -38,9 +40,12 @@ STEP_ROWS = "step_rows"
 
 _DOC = """Affine fake quantization in FP32, round half to even:
 y = (clip(rint(x / scale[row]) + zero_point[row], qmin, qmax) - zero_point[row]) * scale[row].
-scale and zero_point are [R] (per tensor) or [R, C] (C channels along axis); row is INT64 [1] or [N], absent when
+scale and zero_point are [R] (per tensor), [R, C] (C channels along axis), or [1, C, B] (a weight [C, K] with B blocks
+along its last axis); row is INT64 [1] or [N], absent when
 R = 1. Where mode[row] is 1 the quantizer is logarithmic instead: y = scale[row] * 2^-q with
-q = clip(rint(-log2(x / scale[row])), 0, qmax), and y = 0 for the top code, codes from 126 on, and x <= 0."""
+q = clip(rint(-log2(x / scale[row])), 0, qmax), and y = 0 for the top code, codes from 126 on, and x <= 0.
+form fp8: y = e4m3(x / scale) * scale, half to even, saturating at 448. form nvfp4: y = e2m1(x / (b scale)) * (b scale)
+with b = e4m3(max |x| / 6 / scale) for each 16 numbers along the last axis, and y = 0 where b is 0."""
 
 
 def register_schema() -> None:
@@ -71,6 +76,7 @@ def register_schema() -> None:
                 schema.Attribute("qmin", onnx.defs.OpSchema.AttrType.INT, "smallest code"),
                 schema.Attribute("qmax", onnx.defs.OpSchema.AttrType.INT, "largest code"),
                 schema.Attribute("axis", onnx.defs.OpSchema.AttrType.INT, "channel axis, or -1"),
+                schema.Attribute(FORM, onnx.defs.OpSchema.AttrType.STRING, "int, fp8 or nvfp4", required=False),
             ],
         )
     )

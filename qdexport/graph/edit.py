@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, LAYER_KEY
+from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, FORM, LAYER_KEY
 from qdexport.graph.query import dtype_of, graph_of, module_of
 
 if TYPE_CHECKING:
@@ -106,12 +106,14 @@ class NodeWriter:
             return value
         return self.op("Cast", [value], {"to": int(dtype)}, dtype=dtype, shape=value.shape)
 
-    def fake_quantize(self, x: ir.Value, scale: ir.Value, zero_point: ir.Value, qmin: int, qmax: int) -> ir.Value:
+    def fake_quantize(
+        self, x: ir.Value, scale: ir.Value, zero_point: ir.Value, qmin: int, qmax: int, form: str = "int"
+    ) -> ir.Value:
         """A per-tensor static FakeQuantize."""
         node = ir.node(
             FAKE_QUANTIZE,
             [x, scale, zero_point],
-            {"qmin": qmin, "qmax": qmax, "axis": -1},
+            {"qmin": qmin, "qmax": qmax, "axis": -1, **({} if form == "int" else {FORM: form})},
             domain=DOMAIN,
             name=f"{self.module}/{FAKE_QUANTIZE}",
         )

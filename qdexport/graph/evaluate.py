@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from qdexport.core.spec import NVFP4_BLOCK
 from qdexport.graph.dialect import DOMAIN, LOG2_ZERO
+from qdexport.graph.narrow_floats import e4m3_round, nvfp4_codes
+from qdexport.graph.nvfp4 import TRT_DOMAIN
 from qdexport.graph.query import const_or_none
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["constant_expression", "evaluate", "evaluator", "fake_quantize_codes", "log2_codes", "subgraph"]
+__all__ = [
+    "constant_expression",
+    "evaluate",
+    "evaluator",
+    "fake_quantize_codes",
+    "log2_codes",
+    "subgraph",
+]
+
+_BLOCKED = 3  # rank of a weight's scales per block
 
 
 def fake_quantize_codes(x: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, qmin: int, qmax: int) -> np.ndarray:
@@ -54,20 +67,45 @@ class FakeQuantize(OpRun):
         qmin: int,
         qmax: int,
         axis: int,
+        form: str = "int",
     ) -> tuple[np.ndarray]:
+        if form == "nvfp4":
+            values, narrow = nvfp4_codes(x, scale)
+            wide = np.repeat(narrow * np.float32(scale.reshape(-1)[0]), NVFP4_BLOCK, axis=-1)
+            return ((values * wide).astype(x.dtype),)
+        if scale.ndim == _BLOCKED:
+            block = x.shape[1] // scale.shape[2]
+            wide, zero = (np.repeat(table[0], block, axis=1) for table in (scale, zero_point))
+            return (((fake_quantize_codes(x, wide, zero, qmin, qmax) - zero) * wide).astype(x.dtype),)
         index = np.zeros(1, np.int64) if row is None else row
         scale, zero_point = scale[index], zero_point[index]
         shape = [scale.shape[0]] + [1] * (x.ndim - 1)
         if axis >= 0:
             shape[axis] = scale.shape[-1]
         scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
-        codes = fake_quantize_codes(x, scale, zero_point, qmin, qmax)
+        if form == "fp8":
+            codes = e4m3_round(np.divide(x, scale, dtype=np.float32))
+        else:
+            codes = fake_quantize_codes(x, scale, zero_point, qmin, qmax)
         values = (codes - zero_point) * scale
         if mode is not None:
             powers = log2_codes(x, scale, qmax)
             logarithmic = np.where(powers < min(qmax, LOG2_ZERO), scale * np.exp2(-powers), np.float32(0))
             values = np.where(mode[index].reshape(shape) == 1, logarithmic, values)
         return (values.astype(x.dtype),)
+
+
+class TRT_FP4DynamicQuantize(OpRun):  # noqa: N801  named as the operator
+    """TensorRT's dynamic quantizer for onnx's reference evaluator: codes in E2M1, scales of blocks in E4M3."""
+
+    op_domain = TRT_DOMAIN
+
+    def _run(
+        self, x: np.ndarray, scale: np.ndarray, *, axis: int, block_size: int, scale_type: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        del axis, block_size, scale_type  # the pass writes -1, 16 and E4M3 alone
+        codes, narrow = nvfp4_codes(x, scale)
+        return codes.astype(ml_dtypes.float4_e2m1fn), narrow.astype(ml_dtypes.float8_e4m3fn)
 
 
 def evaluate(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -78,7 +116,7 @@ def evaluate(model: ir.Model | onnx.ModelProto, feeds: Mapping[str, np.ndarray])
 def evaluator(model: ir.Model | onnx.ModelProto) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
     """Prepares a model once, for many runs like :func:`evaluate`."""
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
-    runner = ReferenceEvaluator(proto, new_ops=[FakeQuantize])
+    runner = ReferenceEvaluator(proto, new_ops=[FakeQuantize, TRT_FP4DynamicQuantize])
     names = list(runner.output_names)
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,9 +1,9 @@
 """Cuts quantized layers out of an emitted graph, so that each can be fed and read on its own.
 
-A probe is a model with a fresh input ``L/x`` (what the quantizer of layer L reads) and two outputs per layer:
-the integer codes ``L/codes`` and the layer's output ``L/y``, up to, not including, the next quantizer. What
-depends on the timestep alone (rows of step tables) is kept and fed as in the whole graph; everything else is
-left out.
+A probe is a model with a fresh input ``L/x`` (what the quantizer of layer L reads) and two outputs per layer: the codes
+``L/codes`` (none where the weight alone is quantized) and the layer's output ``L/y``, up to, not including, the next
+quantizer. What depends on the timestep alone (rows of step tables) is kept and fed as in the whole graph; everything
+else is left out.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import onnx_ir as ir
 
 from qdexport.core.layer_names import layers_of, node_names
 from qdexport.errors import ParityError
-from qdexport.graph.query import COMPUTE_OPS, const_or_none, int_attr, ints_attr, only_consumer, value_name
+from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE
+from qdexport.graph.query import COMPUTE_OPS, const_or_none, input_of, int_attr, ints_attr, only_consumer, value_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
 __all__ = ["LayerProbe", "Probe", "build_probe", "find_probes", "find_softmax_probes", "weight_codes"]
 
@@ -36,13 +37,13 @@ class Probe:
     Attributes:
         name: torch path; ``path#i`` for a part of a split layer.
         x: the tensor that its quantizer reads.
-        codes: what tells whether the quantizer decided alike.
+        codes: what tells whether the quantizer decided alike; None when there is no quantizer.
         y: its output before the next quantizer.
     """
 
     name: str
     x: ir.Value
-    codes: ir.Value
+    codes: ir.Value | None
     y: ir.Value
 
     @property
@@ -52,12 +53,12 @@ class Probe:
 
     @property
     def codes_name(self) -> str:
-        """The probe's first output."""
+        """The probe's first output, if it has codes."""
         return f"{self.name}/codes"
 
     @property
     def y_name(self) -> str:
-        """The probe's second output."""
+        """The probe's last output."""
         return f"{self.name}/y"
 
 
@@ -111,12 +112,15 @@ def _softmax_probe(name: str, nodes: Sequence[ir.Node]) -> Probe:
     return Probe(name=name, x=x[0], codes=y[0], y=y[0])
 
 
-def find_probes(model: ir.Model, names: Iterable[str]) -> dict[str, LayerProbe]:
+def find_probes(
+    model: ir.Model, names: Iterable[str], weight_only: Collection[str] = ()
+) -> dict[str, LayerProbe]:
     """Finds quantized layers by the node names ``name/Conv``, ``name/MatMul`` and ``name/Gemm``.
 
     Args:
         model: an emitted graph; nothing in it is changed, weights are not read.
         names: layers, and parts ``name#i`` of split layers.
+        weight_only: those of them whose input is not quantized.
 
     Raises:
         ParityError: a layer has no such node, or an operand of it is not quantized; the layer is named.
@@ -130,12 +134,14 @@ def find_probes(model: ir.Model, names: Iterable[str]) -> dict[str, LayerProbe]:
                 f"the ONNX file has no node {name}/Conv, {name}/MatMul or {name}/Gemm, but layer {name} was "
                 "planned as quantized; export the model again"
             )
-        probes[name] = _probe(name, node)
+        probes[name] = _probe(name, node, weight_only=name in weight_only)
     return probes
 
 
 def weight_codes(probe: LayerProbe) -> np.ndarray:
-    """The integer codes of a layer's weight, in torch's layout (output channels first); INT4 ones widened to INT8."""
+    """The codes of a layer's weight, in torch's layout (output channels first); INT4 ones widened to INT8, of FP8 and
+    FP4 the bits as INT8.
+    """
     codes = const_or_none(probe.weight)
     if codes is None:
         raise ParityError(
@@ -143,6 +149,10 @@ def weight_codes(probe: LayerProbe) -> np.ndarray:
         )
     if probe.weight.dtype == ir.DataType.INT4:
         codes = codes.astype(np.int8)
+    elif probe.weight.dtype == ir.DataType.FLOAT8E4M3FN:
+        codes = codes.view(np.int8)
+    elif probe.weight.dtype == ir.DataType.FLOAT4E2M1:
+        codes = (codes.view(np.int8) << 4) >> 4  # the sign fills the upper half, as in stored codes
     codes = codes.T if probe.weight_transposed else codes
     return codes if probe.rows is None else codes[slice(*probe.rows)]
 
@@ -182,8 +192,8 @@ def _in_quantizer(node: ir.Node) -> bool:
     return _INPUT_QUANTIZER.fullmatch(_module(node)) is not None
 
 
-def _probe(name: str, node: ir.Node) -> LayerProbe:
-    x, codes, pads = _walk_to_input(name, node)
+def _probe(name: str, node: ir.Node, *, weight_only: bool) -> LayerProbe:
+    x, codes, pads = (input_of(node, 0), None, ()) if weight_only else _walk_to_input(name, node)
     weight, transposed = _walk_to_weight(name, node)
     y, rows = _part_of(name, node, _walk_to_output(_module(node), node))
     return LayerProbe(
@@ -224,7 +234,7 @@ def _walk_to_input(name: str, node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[
         producer = value.producer()
         if producer is None or not _in_quantizer(producer):
             break
-        if producer.op_type == "QuantizeLinear":
+        if producer.op_type in {"QuantizeLinear", DYNAMIC_QUANTIZE}:
             codes = producer.outputs[0]
         elif producer.op_type == "Pad":
             widths = const_or_none(producer.inputs[1])
@@ -278,14 +288,18 @@ class _Cut:
         self.initializers: list[ir.Value] = []
         self._shared: dict[ir.Value, ir.Value] = {}
 
-    def layer(self, probe: Probe) -> tuple[ir.Value, ir.Value]:
-        """Copies one layer; returns its two outputs."""
+    def layer(self, probe: Probe) -> tuple[ir.Value, ...]:
+        """Copies one layer; returns its outputs."""
         if probe.x.dtype is None:
             raise ParityError(
                 f"the type of {value_name(probe.x)}, the input of layer {probe.name}, is not in the ONNX file"
             )
         own = {probe.x: self._input(probe.x, probe.x_name)}
-        codes, y = (self._copy(value, own, probe.name) for value in (probe.codes, probe.y))
+        y = self._copy(probe.y, own, probe.name)
+        if probe.codes is None:
+            y.name = probe.y_name
+            return (y,)
+        codes = self._copy(probe.codes, own, probe.name)
         if codes is y:  # one value under two names
             same = ir.node("Identity", [y], name=f"{probe.name}/codes")
             self.nodes.append(same)

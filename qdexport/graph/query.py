@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qdexport.core.layer_names import layers_of
 from qdexport.errors import GraphPassError
-from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, LAYER_KEY, SCALED_FOR_KEY, SEQUENCE_FIRST_KEY
+from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, FORM, LAYER_KEY, SCALED_FOR_KEY, SEQUENCE_FIRST_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +20,7 @@ __all__ = [
     "const_of",
     "const_or_none",
     "dtype_of",
+    "form_of",
     "graph_of",
     "input_of",
     "int_attr",
@@ -136,6 +137,12 @@ def sequence_first(node: ir.Node) -> bool:
 def is_fake_quantize(node: ir.Node | None) -> bool:
     """Whether a node is ``qdexport::FakeQuantize``."""
     return node is not None and node.domain == DOMAIN and node.op_type == FAKE_QUANTIZE
+
+
+def form_of(node: ir.Node) -> str:
+    """What the codes of a FakeQuantize are: ``int``, ``fp8`` or ``nvfp4``."""
+    attribute = node.attributes.get(FORM)
+    return "int" if attribute is None else attribute.as_string()
 
 
 def is_merged(node: ir.Node) -> bool:

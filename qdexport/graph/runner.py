@@ -40,6 +40,7 @@ class PassContext:
         training_steps: number of training timesteps; valid timesteps are below it.
         bos: the text encoder's embedding of the first token, FP32 ``[D]``; None when no layer is BOS-aware.
         int4: whether weights of linear layers may be stored as INT4 (the target can, and the recipe allows it).
+        int4_weight_only: likewise, of layers whose weight alone is quantized.
     """
 
     target: Target
@@ -50,6 +51,7 @@ class PassContext:
     training_steps: int
     bos: np.ndarray | None = None
     int4: bool = False
+    int4_weight_only: bool = False
 
     def plan_of(self, name: str) -> LayerPlan | None:
         """The decision for a layer."""

@@ -12,6 +12,7 @@ from qdexport import __version__
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, require_builder
 from qdexport.core.environment import environment_facts
 from qdexport.core.files import atomic_path, digest_of, tree_sha256
+from qdexport.core.formats import capabilities_for
 from qdexport.core.pass_log import PASS_LOG_FILE
 from qdexport.core.results import Manifest, Report
 from qdexport.errors import RecipeError
@@ -112,7 +113,8 @@ class Compilation:
         """Refuses what cannot work before anything long is started.
 
         Raises:
-            RecipeError: the target does not build for a compute capability, or cannot run the body's type; a pass of
+            RecipeError: the target does not build for a compute capability, one cannot compute with a format of the
+                recipe, or the target cannot run the body's type; a pass of
                 the user's cannot be used.
             GraphPassError: the file of a pass of the user's cannot be executed.
             MissingDependencyError: the target's builder is not installed.
@@ -124,7 +126,7 @@ class Compilation:
                 f"target {target.name} cannot run a {recipe.body} body; it can: {', '.join(target.bodies)}"
             )
         if target.module is not None:
-            checked_capabilities(target, recipe.compute_capabilities)
+            self._capabilities()
             require_builder(target)
 
     def compile(self) -> None:
@@ -195,7 +197,7 @@ class Compilation:
     def build(self) -> None:
         """Compiles the ONNX file and writes ``engine/``, and the same for the networks beside the denoiser."""
         folder, recipe = self.workspace.root / "engine", self.options.recipe
-        capabilities = checked_capabilities(self.options.target, recipe.compute_capabilities)
+        capabilities, note = self._capabilities()
         inputs = {
             "onnx": tree_sha256(self.workspace.path("onnx").parent),
             "target": self.options.target.name,
@@ -210,6 +212,8 @@ class Compilation:
             )
             facts, _ = build_engine(self.workspace.path("onnx"), folder, build, logger.info)
             self.workspace.report.engine = facts
+            if note and note not in self.workspace.report.notes:
+                self.workspace.report.notes.append(note)
             return [
                 Made("engine", folder / "model.engine"),
                 Made("plan", folder / "plan.json"),
@@ -243,6 +247,11 @@ class Compilation:
         """Writes ``report.html`` from what is known, and saves report and manifest."""
         with self.progress.stage("report"):
             write_report(self.model, self.workspace)
+
+    def _capabilities(self) -> tuple[tuple[str, ...], str]:
+        """What the engine is built for, and a sentence about what of the target's default it is not built for."""
+        recipe, target = self.options.recipe, self.options.target
+        return capabilities_for(recipe, target, checked_capabilities(target, recipe.compute_capabilities))
 
     @property
     def companions(self) -> CompanionStages:

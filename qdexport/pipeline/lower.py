@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qdexport.capture.export import capture
+from qdexport.core.formats import check_formats
 from qdexport.core.network_facts import NetworkFacts
 from qdexport.core.pass_log import PASS_LOG_FILE, PassFacts, PassLog
 from qdexport.emit.onnx_file import OnnxFile, emit
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
     from qdexport.graph.runner import GraphPass
     from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts", "stores_int4_weights"]
+__all__ = [
+    "Lowered",
+    "check_target",
+    "lower_to_onnx",
+    "network_facts",
+    "stores_int4_weight_only",
+    "stores_int4_weights",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +49,13 @@ def check_target(model: QuantizedModel, target: Target) -> None:
     """Refuses what the target cannot do, before anything is made.
 
     Raises:
-        RecipeError: the body's type is not one of the target's.
+        RecipeError: the body's type, or the format of a layer, is not one of the target's.
     """
     if model.body not in target.bodies:
         raise RecipeError(
             f"target {target.name} cannot run a {model.body} body; set `body` to one of {', '.join(target.bodies)}"
         )
+    check_formats(model.plans, target)
 
 
 def lower_to_onnx(
@@ -86,6 +95,7 @@ def lower_to_onnx(
         training_steps=facts.training_steps,
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
+        int4_weight_only=stores_int4_weight_only(model),
     )
     chosen = with_passes(list(default_passes() if passes is None else passes), extra_passes)
     reports = run_passes(captured.model, chosen, context, dump_dir)
@@ -135,6 +145,11 @@ def _pass_notes(reports: Sequence[PassReport]) -> dict[str, str]:
 def stores_int4_weights(model: QuantizedModel, target: Target) -> bool:
     """Whether narrow weights of linear layers are stored as INT4: the target can, and the recipe allows it."""
     return target.int4_linear and model.recipe.int4_storage == "auto"
+
+
+def stores_int4_weight_only(model: QuantizedModel) -> bool:
+    """Whether narrow weights of linear layers whose input is not quantized are stored as INT4: every target can."""
+    return model.recipe.int4_storage == "auto"
 
 
 def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qdexport.core.bit_plan import BitPlan, apply_bit_plan
+from qdexport.core.formats import check_formats
 from qdexport.core.recipe import StepGroups
 from qdexport.models.denoiser import layer_macs, shortcut_splits, smallest_io, trace_denoiser
 from qdexport.models.denoiser_io import io_spec, sized
@@ -79,11 +80,12 @@ def make_quantized(
     """Quantizes a model as a recipe says.
 
     Raises:
-        RecipeError: the recipe does not fit the model.
+        RecipeError: the recipe does not fit the model, or a layer's format not the target.
         ModelError: the model cannot be sampled or observed, or lacks what a mechanism needs.
     """
     loaded = sized(loaded, recipe.shapes)
     plans = plan_model(loaded, recipe)
+    check_formats(plans, settings.target)
     if settings.ranges is not None:
         return quantize_model(loaded, plans, recipe, settings.ranges)
     observations, ratios = observe_model(loaded, plans, recipe, settings, progress)
@@ -121,7 +123,7 @@ def observe_model(
             observations = observe(
                 loaded, plans, recipe, channel_ratios=ratios, state_dir=settings.folder, on_progress=advance
             )
-    if isinstance(recipe.activation_rows, StepGroups):
+    if isinstance(recipe.activation_rows, StepGroups) and observations.inputs:
         observations = observations.grouped(_groups(observations, recipe.activation_rows))
     return observations, ratios
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from qdexport.build.audit import audit
 from qdexport.build.plan import engine_coverage
+from qdexport.build.storage import engine_weight_types, storage_mismatches
+from qdexport.build.sums import half_precision_sums
 from qdexport.check.calls import check_calls
 from qdexport.check.engine_parity import write_golden
 from qdexport.check.parity import layer_parity
@@ -15,13 +17,13 @@ from qdexport.check.session import REFERENCE
 from qdexport.check.shapes import shape_parity
 from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
-from qdexport.core.results import Coverage, Plan
-from qdexport.core.spec import layer_precision
+from qdexport.core.results import Coverage, Plan, WeightStorage
+from qdexport.core.spec import Granularity, layer_precision, weight_storage
 from qdexport.core.target import target_named
-from qdexport.emit.coverage import onnx_coverage
+from qdexport.emit.coverage import onnx_coverage, onnx_weight_types
 from qdexport.emit.facts import read_network_facts
 from qdexport.models.sampling import prompts_for
-from qdexport.pipeline.lower import stores_int4_weights
+from qdexport.pipeline.lower import stores_int4_weight_only, stores_int4_weights
 from qdexport.pipeline.sampling import save_images
 from qdexport.pipeline.workspace import Made
 from qdexport.quant.plan import average_weight_bits, macs_share
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from qdexport.quant.attach import QuantizedModel
 
 __all__ = ["validate"]
+
+_BODY_BITS = {"fp16": 16, "fp32": 32}
 
 
 def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink) -> list[Made]:
@@ -85,21 +89,53 @@ def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None, *, in
         for part, precision in planned.items():
             if precision == "folded" and compiled[part] == "missing":
                 compiled[part] = "folded"
+    storage = _storage_of(model, onnx_path, plan)
+    sums = [] if plan is None else half_precision_sums(plan, _scaled_per_channel(model))
     return Coverage(
         planned=planned,
         onnx=emitted,
         engine=compiled or {},
+        storage=storage,
         bits={
-            part: [layer.weight.bits, layer.activation.bits]
+            part: [layer.weight.bits, _BODY_BITS[model.body] if layer.activation is None else layer.activation.bits]
             for layer in model.plans
             for part in layer.parts
-            if layer.weight is not None and layer.activation is not None
+            if layer.weight is not None
         },
         why={part: layer.why for layer in model.plans for part in layer.parts},
         macs_planned_share=macs_share(model.plans),
         average_weight_bits=average_weight_bits(model.denoiser, model.plans),
-        mismatches=audit(planned, emitted, compiled),
+        mismatches=[*audit(planned, emitted, compiled), *storage_mismatches(storage), *sums],
     )
+
+
+def _scaled_per_channel(model: QuantizedModel) -> frozenset[str]:
+    """Layers, and parts of them, that multiply codes and have a scale per output channel."""
+    return frozenset(
+        part
+        for layer in model.plans
+        if layer.quantized and layer.weight is not None and layer.weight.granularity is Granularity.PER_CHANNEL
+        for part in layer.parts
+    )
+
+
+def _storage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None) -> dict[str, WeightStorage]:
+    """How the weights of weight-only layers are stored."""
+    layers = [layer for layer in model.plans if layer.weight_only]
+    if not layers:
+        return {}
+    narrow = stores_int4_weight_only(model)
+    emitted = onnx_weight_types(onnx_path, [layer.name for layer in layers])
+    sizes = {layer.name: model.denoiser.get_parameter(f"{layer.name}.weight").numel() for layer in layers}
+    compiled = {} if plan is None else engine_weight_types(plan, sizes)
+    return {
+        layer.name: WeightStorage(
+            planned=weight_storage(layer, int4_linear=False, int4_weight_only=narrow),
+            onnx=emitted[layer.name],
+            engine=compiled.get(layer.name),
+        )
+        for layer in layers
+    }
 
 
 def _images(

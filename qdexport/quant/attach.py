@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 Body = Literal["fp32", "fp16"]
 BODY_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
+_SMALLEST_HALF = 2.0**-24
 _PLAIN_FORWARDS = (nn.Conv2d.forward, nn.Linear.forward)
 
 
@@ -64,8 +65,8 @@ class QuantParameters:
     """All numbers of the quantizers of a model.
 
     Attributes:
-        weight_scales: FP32 ``[1, C]`` or ``[1]``, by part (a layer's name, or ``name#0``, ``name#1`` when
-            split).
+        weight_scales: FP32 ``[1, C]``, ``[1, C, B]`` or ``[1]``, by part (a layer's name, or ``name#0``, ``name#1``
+            when split).
         scales: FP32 activation scales ``[R]`` by activation key.
         zero_points: FP32, integer valued, ``[R]`` by activation key.
         timesteps: the calibrated timesteps in sampling order; row i of a table belongs to the i-th.
@@ -185,7 +186,7 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
     scales: dict[str, Tensor] = {}
     zero_points: dict[str, Tensor] = {}
     for plan in plans:
-        if plan.weight is None or plan.activation is None or not plan.quantized:
+        if plan.weight is None or not plan.quantizes_weight:
             continue
         weight = _layer(denoiser, plan).weight
         if plan.channel_scale:
@@ -195,6 +196,8 @@ def parameters_of(denoiser: nn.Module, plans: Sequence[LayerPlan], ranges: Activ
         for part, kernel in zip(plan.parts, kernels, strict=True):
             weight_scales[part] = _weight_scale(part, kernel, plan.weight)
         for key in activation_keys(plan):
+            if plan.activation is None:
+                continue
             scale, zero_point = parameters_from_range(ranges.low[key], ranges.high[key], plan.activation)
             if bool((scale == scale[0]).all()) and bool((zero_point == zero_point[0]).all()):
                 scale, zero_point = scale[:1], zero_point[:1]
@@ -229,12 +232,18 @@ def _grouped(plans: Sequence[LayerPlan], scales: Mapping[str, Tensor]) -> dict[s
 
 
 def weight_scale(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """The FP32 scale of one weight: ``[1, C]`` per output channel, else ``[1]``; zero points are 0.
+    """The FP32 scale of one weight: ``[1, C]`` per output channel, ``[1, C, B]`` per block, else ``[1]``.
+
+    Scales of blocks are FP16 numbers: a builder multiplies INT4 by them without a kernel of its own only when they are,
+    and a product with a code of up to 8 bits is exact in FP32, so that every form of the product has equal weights.
 
     Raises:
         ValueError: the weight holds NaN or infinity, or the observer is none for weights.
     """
     scale, _ = parameters_from_range(*weight_range(weight, spec), spec)
+    if spec.granularity is Granularity.PER_BLOCK:
+        half = scale.clamp(min=_SMALLEST_HALF, max=torch.finfo(torch.float16).max).half().float()
+        return half.reshape(1, weight.shape[0], -1)
     return scale[None] if spec.granularity is Granularity.PER_CHANNEL else scale
 
 
@@ -251,12 +260,12 @@ def install(
     context = StepContext()
     quantizers: dict[str, ActivationQuantizer] = {}
     for plan in plans:
-        if plan.weight is None or plan.activation is None or not plan.quantized:
+        if plan.weight is None or not plan.quantizes_weight:
             continue
         layer = _layer(denoiser, plan)
-        inputs = []
+        inputs: list[ActivationQuantizer] = []
         for key in activation_keys(plan):
-            if key not in quantizers:
+            if key not in quantizers and plan.activation is not None:
                 quantizer = ActivationQuantizer(
                     plan.activation, parameters.scales[key], parameters.zero_points[key], context
                 )
@@ -283,7 +292,11 @@ def scales_by_layer(model: QuantizedModel) -> dict[str, list[float]]:
     for plan in model.plans:
         if plan.quantized:
             pairs = quantizer_pairs(model.denoiser.get_submodule(plan.name))
-            scales |= {part: inputs.scale.tolist() for part, (inputs, _) in zip(plan.parts, pairs, strict=True)}
+            scales |= {
+                part: inputs.scale.tolist()
+                for part, (inputs, _) in zip(plan.parts, pairs, strict=True)
+                if inputs is not None
+            }
     return scales
 
 
@@ -384,13 +397,14 @@ def _wrapped(
     channel_scale: ChannelScale | None,
 ) -> nn.Module:
     inputs, weights = quantizers
+    first = inputs[0] if inputs else None
     if isinstance(layer, nn.Linear):
         if plan.splits:
             raise ModelError(f"layer {plan.name} is a Linear; only a convolution can be split")
-        return QuantLinear.wrap(layer, inputs[0], weights[0], channel_scale, bos=plan.bos)
+        return QuantLinear.wrap(layer, first, weights[0], channel_scale, bos=plan.bos)
     if plan.splits:
         return QuantSplitConv2d.wrap(layer, plan.splits, inputs, weights, channel_scale)
-    return QuantConv2d.wrap(layer, inputs[0], weights[0], channel_scale)
+    return QuantConv2d.wrap(layer, first, weights[0], channel_scale)
 
 
 def _replace(root: nn.Module, name: str, layer: nn.Module) -> None:

@@ -155,6 +155,8 @@ def observe(
         **{f"channels:{group}": observer for group, observer in channels.items()},
         **{f"softmax:{name}": observer for name, observer in softmax.items()},
     }
+    if not everything:  # weights alone are quantized
+        return Observations(inputs={}, channels={}, softmax={}, timesteps=timesteps)
     state = None
     if state_dir is not None:
         observed = {key: spec.observer.model_dump() for key, spec in specs.items()}

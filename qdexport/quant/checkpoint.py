@@ -44,11 +44,12 @@ from torch import Tensor, nn
 from qdexport import __version__
 from qdexport.core.files import atomic_dir
 from qdexport.core.recipe import load_recipe
-from qdexport.core.spec import LayerPlan
+from qdexport.core.spec import NVFP4_BLOCK, LayerPlan
 from qdexport.errors import ModelError, OutputError
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.load import load_model
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
+from qdexport.quant.affine import block_scales
 from qdexport.quant.attach import (
     BODY_DTYPES,
     Body,
@@ -74,6 +75,7 @@ RECIPE_FILE = "recipe.yaml"
 _METADATA_KEY = "qdexport.quantization"
 _VERSION = 2
 _BOS = "bos.embedding"
+_BLOCKED = 3  # rank of scales per block
 
 
 class _Version(BaseModel):
@@ -215,7 +217,7 @@ def _softmax_quantizers(denoiser: nn.Module) -> dict[str, SoftmaxQuantizer]:
 def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
     tensors: dict[str, LazyTensor] = {}
     for plan in model.plans:
-        if plan.weight is None or not plan.quantized:
+        if plan.weight is None or not plan.quantizes_weight:
             continue
         layer = model.denoiser.get_submodule(plan.name)
         for part, (inputs, _), (weight, quantizer) in zip(
@@ -224,9 +226,12 @@ def _stored_tensors(model: QuantizedModel) -> dict[str, LazyTensor]:
             dtype, shape = packed_layout(plan.weight, tuple(weight.shape))
             make = partial(_packed_codes, weight, quantizer)
             tensors[f"{part}.weight_codes"] = LazyTensor(dtype=dtype, shape=shape, make=make)
-            tensors[f"{part}.weight_scale"] = _lazy(quantizer.scale)
-            tensors[f"{part}.input_scale"] = _lazy(inputs.scale)
-            tensors[f"{part}.input_zero_point"] = _lazy(inputs.zero_point)
+            if plan.weight.format == "nvfp4":
+                tensors[f"{part}.weight_block_scale"] = _block_scale(weight, quantizer)
+            tensors[f"{part}.weight_scale"] = _lazy(quantizer.scale, half=quantizer.scale.dim() == _BLOCKED)
+            if inputs is not None:
+                tensors[f"{part}.input_scale"] = _lazy(inputs.scale)
+                tensors[f"{part}.input_zero_point"] = _lazy(inputs.zero_point)
         if isinstance(layer.channel_scale, ChannelScale):
             tensors[_ratio_name(plan)] = _lazy(layer.channel_scale.ratio.reshape(-1))
     for name, softmax in _softmax_quantizers(model.denoiser).items():
@@ -241,12 +246,26 @@ def _ratio_name(plan: LayerPlan) -> str:
     return f"{plan.group}.channel_ratio"
 
 
+def _block_scale(weight: Tensor, quantizer: WeightQuantizer) -> LazyTensor:
+    """NVFP4's scales of blocks, as bytes of E4M3 numbers."""
+    shape = (*weight.shape[:-1], weight.shape[-1] // NVFP4_BLOCK)
+
+    def make() -> NDArray[Any]:
+        scales = block_scales(weight, quantizer.scale)[..., 0]
+        array: NDArray[Any] = scales.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return array
+
+    return LazyTensor(dtype=np.dtype(np.uint8), shape=shape, make=make)
+
+
 def _packed_codes(weight: Tensor, quantizer: WeightQuantizer) -> NDArray[Any]:
     return pack_codes(weight_codes(weight, quantizer), quantizer.spec)
 
 
-def _lazy(tensor: Tensor) -> LazyTensor:
+def _lazy(tensor: Tensor, *, half: bool = False) -> LazyTensor:
     array = tensor.detach().float().cpu().numpy()
+    if half:  # scales of blocks are FP16 numbers
+        array = array.astype(np.float16)
     return LazyTensor(dtype=array.dtype, shape=array.shape, make=lambda: array)
 
 
@@ -296,8 +315,9 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
         for plan in facts.plans:
             if plan.quantized and plan.channel_scale:
                 ratios[plan.group] = _scale(file, path, _ratio_name(plan))
-            for part, key in zip(plan.parts, activation_keys(plan), strict=False):
+            for part in plan.parts if plan.quantizes_weight else ():
                 weight_scales[part] = _scale(file, path, f"{part}.weight_scale")
+            for part, key in zip(plan.parts, activation_keys(plan), strict=False):
                 scale, zero_point = (
                     _scale(file, path, f"{part}.input_scale"),
                     _tensor(file, path, f"{part}.input_zero_point"),
@@ -352,7 +372,7 @@ def _bos(file: Any, path: Path, facts: _Facts) -> Bos | None:
 
 
 def _scale(file: Any, path: Path, name: str) -> Tensor:
-    scale = _tensor(file, path, name)
+    scale = _tensor(file, path, name).float()
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise ModelError(f"{path}: {name} holds a scale that is not a positive number")
     return scale
@@ -370,7 +390,7 @@ def _verify_codes(path: Path, denoiser: nn.Module, plans: Sequence[LayerPlan]) -
     """Compares the stored codes with those of the loaded weights, one layer in memory at a time."""
     with safe_open(path, framework="pt") as file:
         for plan in plans:
-            if plan.weight is None or not plan.quantized:
+            if plan.weight is None or not plan.quantizes_weight:
                 continue
             parts = weight_parts(denoiser.get_submodule(plan.name))
             for part, (weight, quantizer) in zip(plan.parts, parts, strict=True):

@@ -11,6 +11,8 @@ from qdexport.quant.checkpoint import QUANTIZATION_FILE, read_facts
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qdexport.core.spec import QuantSpec
+
 __all__ = ["checkpoint_facts"]
 
 
@@ -34,10 +36,13 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
                 }
                 if plan.quantized and plan.weight is not None and plan.activation is not None:
                     scales = file.get_tensor(f"{part}.input_scale")
-                    row["weight"] = f"{plan.weight.bits} bits {plan.weight.granularity}"
+                    row["weight"] = _described(plan.weight)
                     symmetry = "symmetric" if plan.activation.symmetric else "asymmetric"
-                    row["activation"] = f"{plan.activation.bits} bits {symmetry}"
+                    form = plan.activation.format
+                    row["activation"] = f"{plan.activation.bits} bits {symmetry}" if form == "int" else form
                     row["scales"] = f"{len(scales)} x {scales.min():.3g}..{scales.max():.3g}"
+                elif plan.weight_only and plan.weight is not None:
+                    row["weight"], row["activation"] = f"{_described(plan.weight)}, weight-only", facts.body
                 layers.append({**row, "why": plan.why})
     return {
         "kind": "quantized checkpoint",
@@ -47,3 +52,10 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "layers": layers,
     }
+
+
+def _described(weight: QuantSpec) -> str:
+    if weight.format == "nvfp4":
+        return "nvfp4 in blocks of 16"
+    name = f"{weight.bits} bits" if weight.format == "int" else weight.format
+    return f"{name} {weight.granularity}" + (f" of {weight.block_size}" if weight.block_size else "")

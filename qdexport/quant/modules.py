@@ -29,6 +29,9 @@ __all__ = [
     "selected_row",
 ]
 
+# by the rank of its scales: along which axis of a weight they lie (blocks along the input dimension)
+_WEIGHT_AXES = {1: NO_AXIS, 2: 0, 3: 1}
+
 
 @dataclass
 class StepContext:
@@ -148,13 +151,13 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         row = selected_row(self.context, self.scale.shape[0])
         qmin, qmax = self.spec.qmin, self.spec.qmax
-        y: Tensor = fake_quantize(x, self.scale, self.zero_point, row, qmin, qmax, NO_AXIS)
+        y: Tensor = fake_quantize(x, self.scale, self.zero_point, row, qmin, qmax, NO_AXIS, None, self.spec.format)
         return y
 
 
 class WeightQuantizer(nn.Module):
-    """Fake quantization of a weight: ``scale`` is ``[1, C]`` (per output channel, axis 0) or ``[1]``; zero
-    point 0.
+    """Fake quantization of a weight: ``scale`` is ``[1, C]`` (per output channel, axis 0), ``[1]``, or ``[1, C, B]`` (B
+    blocks of the input dimension); zero point 0.
     """
 
     scale: Tensor
@@ -162,16 +165,16 @@ class WeightQuantizer(nn.Module):
 
     def __init__(self, spec: QuantSpec, scale: Tensor) -> None:
         super().__init__()
-        if scale.shape[0] != 1 or scale.dim() > 2:
-            raise ValueError(f"a weight scale must be [1] or [1, C], not {list(scale.shape)}")
+        if scale.shape[0] != 1 or scale.dim() > 3:
+            raise ValueError(f"a weight scale must be [1], [1, C] or [1, C, B], not {list(scale.shape)}")
         self.spec = spec
         self.register_buffer("scale", scale.float(), persistent=False)
         self.register_buffer("zero_point", torch.zeros_like(self.scale), persistent=False)
 
     def forward(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        axis = 0 if self.scale.dim() == 2 else NO_AXIS
+        axis = _WEIGHT_AXES[self.scale.dim()]
         qmin, qmax = self.spec.qmin, self.spec.qmax
-        y: Tensor = fake_quantize(weight, self.scale, self.zero_point, None, qmin, qmax, axis)
+        y: Tensor = fake_quantize(weight, self.scale, self.zero_point, None, qmin, qmax, axis, None, self.spec.format)
         return y if dtype is None else y.to(dtype)
 
 
@@ -217,9 +220,12 @@ class FirstToken(nn.Module):
 
 
 class QuantConv2d(nn.Conv2d):
-    """``y = conv(Q_x(x / r), Q_w(W r)) + b``; shares the weight and bias of the layer it replaces."""
+    """``y = conv(Q_x(x / r), Q_w(W r)) + b``; shares the weight and bias of the layer it replaces.
 
-    input_quantizer: ActivationQuantizer
+    Without an input quantizer it is weight-only: ``Q_x`` is left out.
+    """
+
+    input_quantizer: ActivationQuantizer | None
     weight_quantizer: WeightQuantizer
     channel_scale: ChannelScale | None
 
@@ -227,13 +233,13 @@ class QuantConv2d(nn.Conv2d):
     def wrap(
         cls,
         conv: nn.Conv2d,
-        inputs: ActivationQuantizer,
+        inputs: ActivationQuantizer | None,
         weights: WeightQuantizer,
         channel_scale: ChannelScale | None = None,
     ) -> QuantConv2d:
         """Replaces ``conv``; nothing is copied."""
         layer = _twin(cls, conv, channel_scale)
-        layer.input_quantizer = inputs
+        layer.register_module("input_quantizer", inputs)
         layer.weight_quantizer = weights
         return layer
 
@@ -253,7 +259,8 @@ class QuantConv2d(nn.Conv2d):
         """One part's output (the bias is the first part's)."""
         del part
         weight = self.weight_quantizer(kernel, self.weight.dtype)
-        y: Tensor = self._conv_forward(self.input_quantizer(operand), weight, self.bias)
+        x = operand if self.input_quantizer is None else self.input_quantizer(operand)
+        y: Tensor = self._conv_forward(x, weight, self.bias)
         return y
 
 
@@ -318,10 +325,11 @@ class QuantSplitConv2d(nn.Conv2d):
 class QuantLinear(nn.Linear):
     """``y = Q_x(x / r) Q_w(W r)^T + b``; shares the weight and bias of the layer it replaces.
 
-    With ``first_token``, the first token of ``x`` ``[N, T, D]`` bypasses the quantizers.
+    With ``first_token``, the first token of ``x`` ``[N, T, D]`` bypasses the quantizers. Without an input quantizer it
+    is weight-only.
     """
 
-    input_quantizer: ActivationQuantizer
+    input_quantizer: ActivationQuantizer | None
     weight_quantizer: WeightQuantizer
     channel_scale: ChannelScale | None
     first_token: FirstToken | None
@@ -330,7 +338,7 @@ class QuantLinear(nn.Linear):
     def wrap(
         cls,
         linear: nn.Linear,
-        inputs: ActivationQuantizer,
+        inputs: ActivationQuantizer | None,
         weights: WeightQuantizer,
         channel_scale: ChannelScale | None = None,
         *,
@@ -338,7 +346,7 @@ class QuantLinear(nn.Linear):
     ) -> QuantLinear:
         """Replaces ``linear``; nothing is copied."""
         layer = _twin(cls, linear, channel_scale)
-        layer.input_quantizer = inputs
+        layer.register_module("input_quantizer", inputs)
         layer.weight_quantizer = weights
         layer.register_module("first_token", FirstToken() if bos else None)
         return layer
@@ -363,7 +371,8 @@ class QuantLinear(nn.Linear):
     def product(self, part: int, operand: Tensor, kernel: Tensor) -> Tensor:
         """The output for the quantized tokens."""
         del part
-        return F.linear(self.input_quantizer(operand), self.weight_quantizer(kernel, self.weight.dtype), self.bias)
+        x = operand if self.input_quantizer is None else self.input_quantizer(operand)
+        return F.linear(x, self.weight_quantizer(kernel, self.weight.dtype), self.bias)
 
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -377,8 +386,8 @@ def _twin(cls: type[_Layer], layer: nn.Module, channel_scale: ChannelScale | Non
     return twin
 
 
-def quantizer_pairs(layer: nn.Module) -> list[tuple[ActivationQuantizer, WeightQuantizer]]:
-    """Input and weight quantizer of a quantized layer, one pair per part.
+def quantizer_pairs(layer: nn.Module) -> list[tuple[ActivationQuantizer | None, WeightQuantizer]]:
+    """Input quantizer (None when the weight alone is quantized) and weight quantizer of a layer, one pair per part.
 
     Raises:
         TypeError: the layer is not quantized.

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdexport.core.spec import QuantSpec
-from qdexport.quant.affine import quantize_codes
+from qdexport.quant.affine import e2m1_bits, nvfp4_codes, quantize_codes, weight_scale_like
 from qdexport.quant.modules import QuantConv2d, QuantLinear, QuantSplitConv2d, WeightQuantizer, quantizer_pairs
 
 __all__ = ["integer_codes", "pack_codes", "packed_layout", "unpack_codes", "weight_codes", "weight_parts"]
@@ -50,16 +50,26 @@ def weight_parts(layer: nn.Module) -> list[tuple[Tensor, WeightQuantizer]]:
 
 
 def weight_codes(weight: Tensor, quantizer: WeightQuantizer) -> Codes:
-    """The integer codes of one weight, int8 or uint8; block by block, so that temporaries stay in the cache."""
+    """The codes of one weight, int8 or uint8 (FP8, FP4: bits); block by block, so that temporaries stay cached."""
     codes = torch.empty(weight.shape, dtype=torch.int8 if quantizer.spec.signed else torch.uint8)
-    shape = (-1, *[1] * (weight.dim() - 1))
-    scale, zero_point = quantizer.scale.reshape(shape), quantizer.zero_point.reshape(shape)
+    spec, scale, zero_point = quantizer.spec, quantizer.scale, quantizer.zero_point
     rows = max(1, _BLOCK_VALUES // max(1, weight[0].numel()))
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
-        own = slice(None) if scale.shape[0] == 1 else part
-        block = quantize_codes(weight[part], scale[own], zero_point[own], quantizer.spec.qmin, quantizer.spec.qmax)
-        codes[part] = block.to(codes.dtype)
+        own = (slice(None), part) if scale.dim() > 1 else slice(None)
+        values = weight[part]
+        if spec.format == "nvfp4":
+            codes[part] = e2m1_bits(nvfp4_codes(values, scale))
+            continue
+        block = quantize_codes(
+            values,
+            weight_scale_like(scale[own], values),
+            weight_scale_like(zero_point[own], values),
+            spec.qmin,
+            spec.qmax,
+            spec.format,
+        )
+        codes[part] = block.to(torch.float8_e4m3fn).view(torch.int8) if spec.format == "fp8" else block.to(codes.dtype)
     array: Codes = codes.numpy()
     return array
 

@@ -21,6 +21,7 @@ from qdexport.models.denoiser import (
     time_layers,
     trace_denoiser,
 )
+from qdexport.quant.blocks import check_blocks, weight_only_plan
 from qdexport.quant.bos import bos_layers
 
 __all__ = ["activation_keys", "average_weight_bits", "macs_share", "merge_weight_scales", "plan_layers"]
@@ -83,7 +84,11 @@ def plan_layers(
             macs=(macs or {}).get(name, 0),
             why=_reason(recipe, number, rule, name in folded) if runs else IDLE,
         )
-        if rule is not None and rule.activation is not None and runs and not plan.folded:
+        if rule is not None and rule.weight_only and runs and not plan.folded:
+            layer = denoiser.get_parameter(f"{name}.weight")
+            plan = weight_only_plan(plan, rule.weight, layer.shape[1])
+        elif rule is not None and rule.activation is not None and runs and not plan.folded:
+            check_blocks(plan, rule.weight, denoiser.get_parameter(f"{name}.weight").shape[1])
             plan = replace(
                 plan,
                 weight=rule.weight,
@@ -141,14 +146,14 @@ def average_weight_bits(denoiser: nn.Module, plans: Iterable[LayerPlan]) -> floa
         if plan.folded or plan.why == IDLE:
             continue
         count = denoiser.get_parameter(f"{plan.name}.weight").numel()
-        bits += count * (plan.weight.bits if plan.quantized and plan.weight is not None else _FP_BITS)
+        bits += count * (plan.weight.bits if plan.quantizes_weight and plan.weight is not None else _FP_BITS)
         weights += count
     return bits / weights if weights else 0.0
 
 
 def macs_share(plans: Iterable[LayerPlan]) -> float:
-    """Share of all conv and linear multiply-accumulates that quantized layers do; folded layers count as not
-    quantized.
+    """Share of all conv and linear multiply-accumulates that are done in a narrow type: not those of folded layers, nor
+    of layers whose weight alone is quantized.
     """
     plans = list(plans)
     total = sum(plan.macs for plan in plans)

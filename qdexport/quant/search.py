@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qdexport.core.spec import Granularity, ObserverSpec, QuantSpec
-from qdexport.quant.affine import parameters_from_range
+from qdexport.quant.affine import e4m3_round, parameters_from_range
 
 __all__ = ["Histogram", "activation_range_of_least_error", "histogram_range_of_least_error", "weight_range"]
 
@@ -34,15 +34,20 @@ def weight_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
     Args:
         weight: ``[C, ...]`` of any floating dtype; temporaries are of this one layer and FP32.
-        spec: per channel or per tensor; observer ``minmax`` or ``mse``.
+        spec: per channel, per block or per tensor; observer ``minmax`` or ``mse``.
 
     Returns:
-        FP32 low and high, ``[C]`` per channel or ``[1]`` per tensor.
+        FP32 low and high, ``[C]`` per channel, ``[C * K / block]`` per block of a weight ``[C, K]``, or ``[1]``.
 
     Raises:
         ValueError: an observer that weights do not have.
     """
-    rows = weight.detach().flatten(1) if spec.granularity is Granularity.PER_CHANNEL else weight.detach().reshape(1, -1)
+    if spec.block_size is not None:
+        rows = weight.detach().reshape(-1, spec.block_size)
+    elif spec.granularity is Granularity.PER_CHANNEL:
+        rows = weight.detach().flatten(1)
+    else:
+        rows = weight.detach().reshape(1, -1)
     low, high = (end.float() for end in torch.aminmax(rows, dim=1))
     if spec.observer.kind == "minmax":
         return low, high
@@ -96,12 +101,16 @@ def histogram_range_of_least_error(values: Histogram, low: float, high: float, s
 
     def error(scale: Tensor, zero_point: Tensor) -> Tensor:
         s, z = scale.double(), zero_point.double()
-        unclipped = (middle / s).round_().add_(z)
-        codes = unclipped.clamp(spec.qmin, spec.qmax)
+        if spec.format == "fp8":
+            unclipped, codes = middle / s, e4m3_round((middle / s).float()).double()
+        else:
+            unclipped = (middle / s).round_().add_(z)
+            codes = unclipped.clamp(spec.qmin, spec.qmax)
         p = spec.observer.exponent
         at_middle = codes.sub(z).mul_(s).sub_(middle)
         exact = at_middle.square_() if p == 2.0 else at_middle.abs_().pow_(p)
-        spread = (unclipped == codes) & (values.width > s * _NARROW_BIN)
+        # the steps of fp8 are narrower than its scale nearly everywhere, and as bins have equal relative width
+        spread = (unclipped == codes) & (values.width > s * _NARROW_BIN) & (spec.format == "int")
         each = torch.where(spread, (s / 2) ** p / (p + 1), exact)
         return each @ values.count
 
@@ -168,6 +177,9 @@ def _best_ratio_per_channel(rows: Tensor, low: Tensor, high: Tensor, spec: Quant
 
 
 def _power_error(values: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    if spec.format == "fp8":
+        error = e4m3_round(values / scale).mul_(scale).sub_(values)
+        return error.square_() if spec.observer.exponent == 2.0 else error.abs_().pow_(spec.observer.exponent)
     codes = (values / scale).round_()
     if spec.symmetric:  # the zero point is 0
         error = codes.clamp_(spec.qmin, spec.qmax).mul_(scale).sub_(values)

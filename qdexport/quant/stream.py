@@ -13,7 +13,12 @@ from numpy.typing import NDArray
 
 __all__ = ["LazyTensor", "write_safetensors"]
 
-_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.int8): "I8", np.dtype(np.uint8): "U8"}
+_DTYPES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint8): "U8",
+}
 _HEADER_ALIGNMENT = 8
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Tone",
     "Verdict",
     "agrees",
+    "compute_counts",
     "coverage_counts",
     "decibel",
     "duration",
@@ -36,6 +37,7 @@ __all__ = [
     "rate",
     "size",
     "sqnr_limit",
+    "storage_counts",
     "verdict",
     "weakest",
 ]
@@ -111,7 +113,8 @@ def problems(report: Report) -> list[str]:
         missed = [
             name
             for name, kind in report.coverage.planned.items()
-            if kind in NARROW and name not in measured and name.partition("#")[0] not in measured
+            if (kind in NARROW or name in report.coverage.storage)
+            and name not in measured and name.partition("#")[0] not in measured
         ]
         if missed:
             found.append(
@@ -129,7 +132,10 @@ def headlines(report: Report) -> list[Headline]:
     """The numbers that matter, at most five, of the stages that ran."""
     made = []
     if report.coverage is not None:
-        made.append(_coverage_headline(report.coverage))
+        if any(kind in NARROW for kind in report.coverage.planned.values()) or not report.coverage.storage:
+            made.append(_coverage_headline(report.coverage))
+        else:
+            made.append(_storage_headline(report.coverage))
     if report.quality is not None:
         made.append(_quality_headline(report.quality))
     if report.parity is not None:
@@ -147,6 +153,21 @@ def coverage_counts(coverage: Coverage) -> tuple[int, int, int | None]:
         for column in (coverage.onnx, coverage.engine)
     )
     return len(narrow), onnx, engine if coverage.engine else None
+
+
+def compute_counts(engine: EngineFacts) -> str:
+    """How many convolutions and products compute in what: ``82 INT8 and 0 FP``, FP8 and NVFP4 where there are any."""
+    narrow = [f"{engine.int8_compute} INT8"]
+    narrow += [f"{engine.fp8_compute} FP8"] if engine.fp8_compute else []
+    narrow += [f"{engine.nvfp4_compute} NVFP4"] if engine.nvfp4_compute else []
+    return f"{', '.join(narrow)} and {engine.fp_compute} FP"
+
+
+def storage_counts(coverage: Coverage) -> tuple[int, int, str]:
+    """Layers whose weight alone is quantized, how many are stored as planned everywhere, and the types they have."""
+    items = coverage.storage.values()
+    good = sum(item.onnx == item.planned and item.engine in {None, item.planned} for item in items)
+    return len(items), good, narrow_name(item.planned for item in items)
 
 
 def weakest(parity: Parity) -> tuple[LayerParity | None, LayerParity | None]:
@@ -256,6 +277,10 @@ def _companion_problems(report: Report) -> list[str]:
 def _coverage_sentence(coverage: Coverage) -> str:
     planned, _, engine = coverage_counts(coverage)
     kinds = narrow_name(coverage.planned.values())
+    if coverage.storage and not planned:
+        count, _, types = storage_counts(coverage)
+        body = next(coverage.planned[name] for name in coverage.storage)
+        return f"The weights of all {count} layers are stored as {types}; their products are computed in {body}."
     if not coverage.onnx:
         return f"{planned} layers are planned in {kinds}; no ONNX file was made."
     where = "in the ONNX file" if engine is None else "in the ONNX file and in the compiled plan"
@@ -275,6 +300,16 @@ def _coverage_headline(coverage: Coverage) -> Headline:
         + ("" if engine is None else f", engine {engine}")
         + f"; {rest}",
         tone="ok" if good else "bad",
+    )
+
+
+def _storage_headline(coverage: Coverage) -> Headline:
+    count, good, types = storage_counts(coverage)
+    return Headline(
+        label=f"Weights stored as {types}",
+        value=f"{good} of {count}",
+        note=f"{other_kinds(coverage)} in all; inputs are not quantized",
+        tone="ok" if not coverage.mismatches and good == count else "bad",
     )
 
 
@@ -323,7 +358,7 @@ def _compared(margin: float) -> str:
 
 
 def _engine_headline(engine: EngineFacts) -> Headline:
-    compute = f"{engine.int8_compute} INT8 and {engine.fp_compute} FP convs and gemms"
+    compute = f"{compute_counts(engine)} convs and gemms"
     baseline = engine.kernels_fp_baseline
     plain = "" if baseline is None else f"; without quantization {baseline} kernels"
     return Headline(

@@ -67,20 +67,23 @@ def _lines(report: Report) -> list[tuple[str, Text]]:
     lines = []
     if report.coverage is not None:
         lines.append(("layers", _layers(report.coverage)))
+        if report.coverage.storage:
+            lines.append(("weights", _weights(report.coverage)))
     if report.parity is not None:
         told = _parity(report.parity, facts.sqnr_limit(report))
         lines.extend(("" if index else "parity", line) for index, line in enumerate(told))
     if report.quality is not None:
         lines.append(("images", _images(report.quality)))
     if report.engine is not None:
-        lines.append(("engine", _engine(report.engine)))
+        weights_only = report.coverage is not None and bool(report.coverage.storage)
+        lines.append(("engine", _engine(report.engine, weights_only=weights_only)))
         lines.extend(("", _profile(profile)) for profile in report.engine.profiles)
     lines.extend((name, _companion(result)) for name, result in (report.companions or {}).items())
     if report.whole_pipeline is not None:
         lines.append(("pipeline", _whole(report.whole_pipeline)))
     if report.stages:
         lines.append(("time", _times(report.stages)))
-    if report.engine is not None and report.target == "tensorrt-rtx":
+    if report.engine is not None and report.engine.int8_compute and report.target == "tensorrt-rtx":
         advice = "an INT8 kernel in an RTX plan is no proof of speed; for fast W8A8: --target tensorrt"
         lines.append(("note", Text(advice, style="yellow")))
     lines.extend(("note", Text(note, style="yellow")) for note in report.notes)
@@ -111,6 +114,12 @@ def _layers(coverage: Coverage) -> Text:
     if coverage.average_weight_bits:
         text.append(f"; {coverage.average_weight_bits:.2f} bits per weight")
     return text
+
+
+def _weights(coverage: Coverage) -> Text:
+    count, good, types = facts.storage_counts(coverage)
+    text = Text(f"{types}: {count} layers whose weight alone is quantized, ")
+    return text.append(f"{good} stored so", style="" if good == count else "bold red")
 
 
 def _parity(parity: Parity, limit: float) -> list[Text]:
@@ -155,10 +164,12 @@ def _images(quality: Quality) -> Text:
     return Text(f"{', '.join(parts)} ({quality.images} images, {quality.steps} steps)")
 
 
-def _engine(engine: EngineFacts) -> Text:
+def _engine(engine: EngineFacts, *, weights_only: bool) -> Text:
     text = Text(f"{engine.kernels} kernels: ")
-    text.append(f"{engine.int8_compute} INT8", style="bold" if engine.int8_compute else "bold red")
-    text.append(f" and {engine.fp_compute} FP convs and gemms, {engine.attention_kernels} attention; ")
+    narrow, _, wide = facts.compute_counts(engine).partition(" and ")
+    found = engine.int8_compute + engine.fp8_compute + engine.nvfp4_compute
+    text.append(narrow, style="bold" if found or weights_only else "bold red")
+    text.append(f" and {wide} convs and gemms, {engine.attention_kernels} attention; ")
     text.append(f"{facts.size(engine.bytes)}, built in {facts.duration(engine.build_seconds)}")
     if engine.compute_capabilities:
         text.append(f" for {', '.join(engine.compute_capabilities)}")

@@ -112,13 +112,34 @@ def test_all_problems_are_told_at_once(written) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("    activation: {bits: 8}\n", "", "a rule needs both weight and activation, or neither"),
+        ("    weight: {bits: 8, granularity: per_channel}\n", "", "a rule with activation needs weight too"),
         (
             "granularity: per_channel",
             "symmetric: false",
             "weights are quantized symmetrically: set weight.symmetric to true",
         ),
         ("{bits: 8}", "{bits: 8, granularity: per_channel}", "activations have one scale per tensor"),
+        ("weight: {bits: 8", "weight: {block_size: 64, bits: 8", "per_block and block_size .* come together"),
+        (
+            "weight: {bits: 8, granularity: per_channel",
+            "weight: {bits: 4, granularity: per_block, block_size: 64",
+            "weights with a scale per block are weight-only",
+        ),
+        ("activation: {bits: 8}", "activation: {format: fp8}", "weight is int and activation fp8: a product has one"),
+        ("activation: {bits: 8}", "activation: {format: fp8, bits: 4}", "format fp8 has 8 bits"),
+        ("activation: {bits: 8}", "activation: {format: fp8, symmetric: false}", "format fp8 is symmetric and signed"),
+        ("bits: 8, granularity: per_channel}\n    activation: {bits: 8}", "format: fp8}", "needs activation of the"),
+        (
+            "bits: 8, granularity: per_channel}\n    activation: {bits: 8}",
+            "bits: 8}\nbit_allocation: {weight_target: 4}",
+            "bit_allocation chooses widths .* which rule 1 does not have",
+        ),
+        (
+            "bits: 8, granularity: per_channel}\n    activation: {bits: 8}",
+            "format: nvfp4}\n    activation: {format: nvfp4}\nactivation_rows: per_step",
+            "rule 1 has format nvfp4, .* set activation_rows: static",
+        ),
+        ("bits: 8, granularity: per_channel", "format: nvfp4, granularity: per_channel", "blocks of 16 by definition"),
         ('"*"', '"re:up_blocks.(["', r"'re:up_blocks.\(\[' is no regular expression"),
         ('"*"', '["conv_in", "re:*"]', r"'re:\*' is no regular expression"),
         ("{bits: 8}", "{bits: 9}", "rules.0.activation.bits: Input should be less than or equal to 8"),

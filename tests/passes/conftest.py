@@ -53,9 +53,13 @@ def _typed(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
-def quantize(module: str, out: str, operands: str, qmin: int, qmax: int, axis: int = -1) -> str:
+def quantize(
+    module: str, out: str, operands: str, qmin: int, qmax: int, axis: int = -1, form: str = ""
+) -> str:
     """The line of a FakeQuantize node."""
     attributes = f"qmin: int = {qmin}, qmax: int = {qmax}, axis: int = {axis}"
+    if form:
+        attributes += f', form: string = "{form}"'
     return f'["{module}/FakeQuantize"] {out} = {DOMAIN}.FakeQuantize<{attributes}>({operands})'
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qdexport.core.results import Report
+from qdexport.core.results import Report, WeightStorage
 from qdexport.report import facts
 
 
@@ -95,3 +95,29 @@ def test_ratios() -> None:
     assert facts.decibel(71.44) == "71.4 dB"
     assert facts.rate(0.0) == "0"
     assert facts.rate(2.1e-5) == "2.1e-5"
+
+
+def test_weights_alone_are_told_by_how_they_are_stored(report: Report) -> None:
+    """No layer computes in a narrow type: what counts is that all weights are stored as planned."""
+    coverage = report.coverage
+    assert coverage is not None
+    narrow = [name for name, kind in coverage.planned.items() if kind == "int8"]
+    for column in (coverage.planned, coverage.onnx, coverage.engine):
+        column.update(dict.fromkeys(narrow, "fp16"))
+    coverage.storage = {name: WeightStorage(planned="int4", onnx="int4", engine="int4") for name in narrow}
+    assert facts.problems(report) == []
+    assert facts.verdict(report).sentence.startswith("The weights of all 56 layers are stored as INT4; ")
+    headline = facts.headlines(report)[0]
+    assert (headline.label, headline.value, headline.tone) == ("Weights stored as INT4", "56 of 56", "ok")
+    coverage.storage[narrow[0]].engine = "fp16"
+    assert (facts.headlines(report)[0].value, facts.headlines(report)[0].tone) == ("55 of 56", "bad")
+    assert report.parity is not None
+    report.parity.layers = [layer for layer in report.parity.layers if layer.name != narrow[0]]
+    assert facts.problems(report) == [f"parity was not measured on 1 quantized layers: {narrow[0]}"]
+
+
+def test_every_narrow_type_of_the_engine_is_counted(report: Report) -> None:
+    assert report.engine is not None
+    before = facts.compute_counts(report.engine)
+    report.engine.fp8_compute, report.engine.nvfp4_compute = 3, 2
+    assert facts.compute_counts(report.engine) == before.replace(" INT8", " INT8, 3 FP8, 2 NVFP4")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 import onnx_ir as ir
 
 from benchmarks.fuzz_draws import STEPS, Draw, draw
-from benchmarks.scale import audited
 from benchmarks.synthetic import synthetic_plans, synthetic_ranges, usual_timesteps
 from qdexport.build.audit import audit
 from qdexport.build.engine import BuildOptions, build_engine
@@ -27,6 +26,7 @@ from qdexport.models.load import loaded_from_denoiser
 from qdexport.models.synthetic import random_unet
 from qdexport.passes import DEFAULT_ORDER
 from qdexport.pipeline.lower import lower_to_onnx, network_facts, stores_int4_weights
+from qdexport.pipeline.validate import coverage_of
 from qdexport.quant.attach import quantize_model
 
 if TYPE_CHECKING:
@@ -172,8 +172,8 @@ def _check_engine(model: QuantizedModel, lowered: Lowered, folder: Path, checked
     target = target_named("tensorrt-rtx")
     options = BuildOptions(target=target, io=lowered.facts.io, compute_capabilities=("8.9",))
     facts, plan = build_engine(lowered.file.path, folder, options)
-    planned, found = _types(model, lowered, target)
-    problems = audited(planned, found, plan)["mismatches"]
+    coverage = coverage_of(model, lowered.file.path, plan, int4=stores_int4_weights(model, target))
+    problems = coverage.mismatches
     if problems:
         raise FuzzError(f"engine: {'; '.join(problems)}")
     checked.kernels = facts.kernels

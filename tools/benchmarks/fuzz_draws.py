@@ -176,7 +176,25 @@ def _recipe(source: random.Random, model: str, changes: dict[str, Any], seed: in
         recipe["softmax"] = {"bits": source.choice([4, 8]), "mode": source.choice(["adaptive", "log2", "uniform"])}
     if _text_as_it_is(model, changes) and source.random() < 0.4:
         recipe["bos"] = "constant"
+    if source.random() < 0.4:
+        recipe["rules"].append(_format_rule(source, unet=unet))
     return recipe
+
+
+def _format_rule(source: random.Random, *, unet: bool) -> dict[str, Any]:
+    """FP8, or weights alone (in blocks where they may be), for some layers; NVFP4 is not for every target."""
+    kinds = source.choice([["linear"], ["conv"], ["conv", "linear"]]) if unet else ["linear"]
+    rule: dict[str, Any] = {"match": source.choice(["*", "*.attentions.*"]) if unet else "*", "kinds": kinds}
+    granularity = source.choice(["per_channel", "per_channel", "per_tensor"])
+    if source.random() < 0.5:
+        return {
+            **rule,
+            "weight": {"format": "fp8", "granularity": granularity},
+            "activation": {"format": "fp8", "observer": {"kind": source.choice(["minmax", "mse"])}},
+        }
+    if kinds == ["linear"] and source.random() < 0.6:
+        return {**rule, "weight": {"bits": 4, "granularity": "per_block", "block_size": source.choice([16, 32, 64])}}
+    return {**rule, "weight": {"bits": source.choice([8, 4]), "granularity": granularity}}
 
 
 def _shapes(source: random.Random, model: str) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""In which type the compiled plan stores the weights of layers whose weight alone is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from qdexport.build.plan import plan_tensors
+from qdexport.core.results import KernelFact, Plan, WeightStorage
+
+__all__ = ["engine_weight_types", "storage_mismatches"]
+
+_NODES = ("Conv", "MatMul", "Gemm")
+
+
+def engine_weight_types(plan: Plan, weights: Mapping[str, int]) -> dict[str, str]:
+    """The type of the constant that holds each weight in the plan.
+
+    A builder reads a narrow weight in the kernel that multiplies, or in one that widens it for every call. One that
+    had widened it at build time would have a floating-point constant of the same size there: four times the bytes, and
+    nothing won.
+
+    Args:
+        plan: the plan.
+        weights: elements of the weight by layer.
+
+    Returns:
+        ``int4``, ``int8``, ``fp16`` and so on; ``missing`` where no kernel of the layer has a constant of its size.
+    """
+    by_node: dict[str, list[KernelFact]] = {}
+    for kernel in plan.kernels:
+        for node in kernel.nodes:
+            by_node.setdefault(node, []).append(kernel)
+    found = {}
+    for layer, size in weights.items():
+        names = (f"{layer}.weight_quantizer/DequantizeLinear", *(f"{layer}/{op}" for op in _NODES))
+        kernels = [kernel for name in names for kernel in by_node.get(name, ())]
+        tensors = [tensor for kernel in kernels for tensor in plan_tensors(kernel.inputs)]
+        types = {tensor.dtype for tensor in tensors if tensor.constant and prod(tensor.dims) >= size}
+        found[layer] = "+".join(sorted(types)) or "missing"
+    return found
+
+
+def storage_mismatches(storage: Mapping[str, WeightStorage]) -> list[str]:
+    """One sentence per layer whose weight is not stored as planned; empty when all are."""
+    mismatches = []
+    for layer, found in storage.items():
+        if found.onnx == found.planned and found.engine in {None, found.planned}:
+            continue
+        sentence = f"{layer}: weight planned as {found.planned}, stored as {found.onnx} in the ONNX file"
+        mismatches.append(sentence if found.engine is None else f"{sentence}, as {found.engine} in the engine")
+    return mismatches
