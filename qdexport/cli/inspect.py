@@ -127,6 +127,7 @@ def _folder_facts(path: Path) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any], console: Console, rows: int | None) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     if "report" in facts:
@@ -140,7 +141,7 @@ def _print(facts: dict[str, Any], console: Console, rows: int | None) -> None:
     for key, value in facts.items():
         if not isinstance(value, list):
             shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else _cell(value, None)
-            table.add_row(f"[dim]{key.replace('_', ' ')}[/]", shown)
+            table.add_row(f"[dim]{key.replace('_', ' ')}[/]", escape(shown))  # [batch,4] is no markup
     console.print(table)
     for key, value in facts.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -153,13 +154,14 @@ def _print(facts: dict[str, Any], console: Console, rows: int | None) -> None:
 
 
 def _print_table(console: Console, items: list[dict[str, Any]], columns: list[str], rows: int | None) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="ellipsis", no_wrap=True)
     for item in items[:rows]:
-        table.add_row(*(_cell(item[column]) for column in columns))
+        table.add_row(*(escape(_cell(item[column])) for column in columns))
     console.print(table)
     if rows is not None and len(items) > rows:
         console.print(f"[dim]... {len(items) - rows} more; --layers shows all[/]")
