@@ -21,9 +21,9 @@ from qdexport.passes.share_quantizers import ShareQuantizers
 from qdexport.passes.split_shortcut import SplitShortcut
 
 if TYPE_CHECKING:
-    from qdexport.graph.runner import GraphPass
+    from qdexport.graph.runner import FormPass, GraphPass
 
-__all__ = ["DEFAULT_ORDER", "default_passes"]
+__all__ = ["DEFAULT_ORDER", "FORM_PASSES", "default_passes"]
 
 DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
@@ -42,6 +42,9 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     LowerBitwidth,
     LegalizeTypes,
 )
+
+# those that write an operator in one of several forms, which a table chooses; the first form is that of the export
+FORM_PASSES: tuple[type[FormPass], ...] = (ExpandGroupNorm, PlainAttention, SequenceFirst)
 
 
 def default_passes() -> list[GraphPass]:

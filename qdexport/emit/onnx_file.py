@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qdexport import __version__
 from qdexport.core.files import atomic_dir
 from qdexport.errors import EmitError
-from qdexport.graph.dialect import DOMAIN, LAYER_KEY
+from qdexport.graph.dialect import DOMAIN, FORM_KEY, LAYER_KEY
 from qdexport.graph.edit import name_everything
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
     for node in model.graph:
         # the module path is the first part of the node's name; stored twice it would only grow the file
         node.metadata_props.pop(LAYER_KEY, None)
+        node.metadata_props.pop(FORM_KEY, None)
         for value in node.outputs:
             value.metadata_props.clear()
     model.graph.opset_imports.clear()

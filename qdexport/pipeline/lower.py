@@ -21,11 +21,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import onnx_ir as ir
+
+    from qdexport.core.forms import FormTable
     from qdexport.core.target import Target
     from qdexport.graph.runner import GraphPass
     from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["Lowered", "check_target", "lower_to_onnx", "network_facts", "stores_int4_weights"]
+__all__ = [
+    "Lowered",
+    "Network",
+    "capture_network",
+    "check_target",
+    "lower_to_onnx",
+    "network_facts",
+    "stores_int4_weights",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,28 +60,32 @@ def check_target(model: QuantizedModel, target: Target) -> None:
         )
 
 
-def lower_to_onnx(
-    model: QuantizedModel,
-    folder: Path,
-    target: Target,
-    dump_dir: Path | None = None,
-    extra_passes: Sequence[GraphPass] = (),
-) -> Lowered:
-    """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx`` and what every pass did.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A captured network, and what its passes will read.
+
+    Attributes:
+        model: of the quantized dialect.
+        facts: what it will say about itself.
+        context: for the passes; its forms are those that were asked for.
+    """
+
+    model: ir.Model
+    facts: NetworkFacts
+    context: PassContext
+
+
+def capture_network(model: QuantizedModel, target: Target, forms: FormTable | None = None) -> Network:
+    """Captures a fake-quant model.
 
     Args:
         model: of any recipe.
-        folder: is replaced.
-        target: decides what passes do.
-        dump_dir: for the graph after every pass.
-        extra_passes: a user's own.
+        target: decides what passes will do.
+        forms: which form operators are written in; None: the table that comes with qdexport.
 
     Raises:
         RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
         CaptureError: PyTorch cannot export the model.
-        GraphPassError: a pass refuses the graph.
-        EmitError: the result is not legal ONNX.
-        OutputError: the folder cannot be written.
     """
     check_target(model, target)
     facts = network_facts(model, target)
@@ -84,10 +99,40 @@ def lower_to_onnx(
         training_steps=facts.training_steps,
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
+        forms=forms,
     )
-    reports = run_passes(captured.model, with_passes(default_passes(), extra_passes), context, dump_dir)
-    facts = facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
-    file = emit(captured.model, folder, target, facts.to_metadata())
+    return Network(model=captured.model, facts=facts, context=context)
+
+
+def lower_to_onnx(
+    model: QuantizedModel,
+    folder: Path,
+    target: Target,
+    dump_dir: Path | None = None,
+    extra_passes: Sequence[GraphPass] = (),
+    forms: FormTable | None = None,
+) -> Lowered:
+    """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx`` and what every pass did.
+
+    Args:
+        model: of any recipe.
+        folder: is replaced.
+        target: decides what passes do.
+        dump_dir: for the graph after every pass.
+        extra_passes: a user's own.
+        forms: which form operators are written in; None: the table that comes with qdexport.
+
+    Raises:
+        RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
+        CaptureError: PyTorch cannot export the model.
+        GraphPassError: a pass refuses the graph.
+        EmitError: the result is not legal ONNX.
+        OutputError: the folder cannot be written.
+    """
+    network = capture_network(model, target, forms)
+    reports = run_passes(network.model, with_passes(default_passes(), extra_passes), network.context, dump_dir)
+    facts = network.facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
+    file = emit(network.model, folder, target, facts.to_metadata())
     _log(reports).save(folder / PASS_LOG_FILE)
     return Lowered(file=file, facts=facts, passes=tuple(reports))
 
@@ -119,6 +164,7 @@ def _log(reports: Sequence[PassReport]) -> PassLog:
                 touched=list(dict.fromkeys(report.touched)),
                 notes=report.notes,
                 skipped=[(item.node, item.reason) for item in report.skipped],
+                chosen=report.chosen,
             )
             for report in reports
         ]
