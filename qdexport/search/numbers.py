@@ -4,31 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import ml_dtypes  # noqa: F401  numpy learns the narrow types of weights
 import numpy as np
 import onnx_ir as ir
 
 from qdexport.check.measure import sqnr_db
 from qdexport.check.session import ort_errors, reference_session
 from qdexport.errors import ParityError
+from qdexport.graph.edit import remove_unused, replace_value
+from qdexport.graph.query import const_or_none, input_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["difference", "widened"]
+__all__ = ["continuous", "difference"]
 
-# With an FP32 body two forms differ by the order of FP32 sums, about 1e-6 of a value. That alone is above 100 dB; but
-# where it moves a value across a tie, a code changes by one, and the layers behind that change further codes. How far
-# this goes depends on the block, so that it is measured: the exported form on inputs disturbed by as much. A form may
-# be ten decibels worse than that, and need not be better than 60. A wrong one is off by its own size: about 0 dB.
+# Without quantizers and with an FP32 body two forms differ by the order of FP32 sums, about 1e-6 of a value: above 100
+# dB. A wrong one is off by its own size: about 0 dB. Where a block rounds by other means than a quantizer (log2 codes),
+# a tie may fall the other way; how far that goes is measured, by the exported form on inputs disturbed by as much, and
+# a form may be ten decibels worse.
+_ENOUGH_DB = 80.0
 _DISTURBANCE = 2.0**-20
 _BELOW_FLOOR_DB = 10.0
-_ENOUGH_DB = 60.0
 _SEED = 20240607
 
 
 def difference(exported: ir.Model, other: ir.Model) -> str:
     """Why two lowered models with the same inputs and outputs do not compute the same; empty when they do.
+
+    Their quantizers must have the same parameters, and everything else the same numbers: it is executed in FP32 without
+    the quantizers of activations, so that no tie between two codes blurs the comparison.
 
     Args:
         exported: the form of the export.
@@ -38,14 +42,16 @@ def difference(exported: ir.Model, other: ir.Model) -> str:
         MissingDependencyError: onnxruntime is not installed.
         ParityError: one of them cannot be executed.
     """
+    if _quantizers(exported) != _quantizers(other):
+        return "it has other quantizers"
     random = np.random.default_rng(_SEED)
     feeds = _feeds(exported, random)
-    before, after = (_run(widened(model), feeds) for model in (exported, other))
+    before, after = (_run(continuous(model), feeds) for model in (exported, other))
     if list(before) != list(after):
         return "its outputs have other names"
     problems = _problems(before, after, dict.fromkeys(before, _ENOUGH_DB))
     if problems:  # seldom: only then is the floor worth an execution
-        floor = _run(widened(exported), {name: _disturbed(array, random) for name, array in feeds.items()})
+        floor = _run(continuous(exported), {name: _disturbed(array, random) for name, array in feeds.items()})
         problems = _problems(
             before, after, {name: _sqnr(array, floor[name]) - _BELOW_FLOOR_DB for name, array in before.items()}
         )
@@ -70,8 +76,8 @@ def _disturbed(array: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return array * (1 + _DISTURBANCE * random.uniform(-1, 1, array.shape)).astype(np.float32)
 
 
-def widened(model: ir.Model) -> ir.Model:
-    """A copy in which everything of FP16 is FP32; codes stay what they are."""
+def continuous(model: ir.Model) -> ir.Model:
+    """A copy in which everything of FP16 is FP32, and activations are not quantized; weights stay what they are."""
     copy = model.clone()
     for value in copy.graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None:
@@ -79,13 +85,36 @@ def widened(model: ir.Model) -> ir.Model:
             _widen(value)
     for value in copy.graph.inputs:
         _widen(value)
-    for node in copy.graph:
+    for node in list(copy.graph):
         target = node.attributes.get("to")
         if node.op_type == "Cast" and target is not None and target.as_int() == ir.DataType.FLOAT16:
             node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
         for value in node.outputs:
             _widen(value)
+        if node.op_type == "QuantizeLinear":
+            _bypass(node)
+    remove_unused(copy)
     return copy
+
+
+def _bypass(node: ir.Node) -> None:
+    """Lets the readers of a quantizer's codes, and of what they are restored to, read what was quantized."""
+    source = input_of(node, 0)
+    for use in list(node.outputs[0].uses()):
+        if use.node.op_type == "DequantizeLinear":
+            replace_value(use.node.outputs[0], source)
+    if node.outputs[0].is_graph_output():
+        replace_value(node.outputs[0], source)
+
+
+def _quantizers(model: ir.Model) -> list[list[bytes]]:
+    """The parameters of all quantizers of activations, sorted."""
+    found = []
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            arrays = [const_or_none(value) for value in node.inputs[1:]]
+            found.append([b"" if array is None else array.tobytes() for array in arrays])
+    return sorted(found)
 
 
 def _widen(value: ir.Value) -> None:

@@ -187,7 +187,7 @@ class _BlockSearch:
         exported = self._exported()
         if forms == exported:
             return ""
-        question = ("numbers", self.block.digest, forms)
+        question = ("equal", self.block.digest, forms)
         answer = self.settings.cache.get(*question)
         if answer is None:
             context = self.settings.context

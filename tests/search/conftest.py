@@ -57,8 +57,8 @@ def network(
         }
         lines += [
             f'["{part}.norm1/Reshape"] g{index} = Reshape({x}, grouped)',
-            f'["{part}.norm1/InstanceNormalization"] n{index} = '
-            f"InstanceNormalization<epsilon: float = 1e-5>(g{index}, one, none)",
+            (f'["{part}.norm1/InstanceNormalization"] n{index} = '
+            f"InstanceNormalization<epsilon: float = 1e-5>(g{index}, one, none)"),
             f'["{part}.norm1/Back"] m{index} = Reshape(n{index}, image)',
             f'["{part}.norm1/Mul"] a{index} = Mul(m{index}, gain{index})',
             f'["{part}.norm1/Add"] b{index} = Add(a{index}, gain{index})',
@@ -66,10 +66,11 @@ def network(
             f'["{part}.act/Mul"] t{index} = Mul(b{index}, s{index})',
             f'["{part}.conv1/Cast"] w{index} = Cast<to: int = 1>(t{index})',
             f'["{part}.conv1/Q"] q{index} = QuantizeLinear(w{index}, scale{index}, zero)',
-            f'["{part}.conv1/DQ"] d{index} = DequantizeLinear(q{index}, {"again" if equal_scales else "scale"}'
-            f"{index}, zero)",
+            (f'["{part}.conv1/DQ"] d{index} = DequantizeLinear(q{index}, {"again" if equal_scales else "scale"}'
+            f"{index}, zero)"),
             f'["{part}.conv1/Cast_1"] e{index} = Cast<to: int = 10>(d{index})',
-            f'["{part}.conv1.weight/DQ"] f{index} = DequantizeLinear<axis: int = 0>(codes{index}, scales{index}, zeros)',
+            (f'["{part}.conv1.weight/DQ"] f{index} = '
+            f"DequantizeLinear<axis: int = 0>(codes{index}, scales{index}, zeros)"),
             f'["{part}.conv1.weight/Cast"] h{index} = Cast<to: int = 10>(f{index})',
             f'["{part}.conv1/Conv"] c{index} = Conv<pads: ints = [1, 1, 1, 1]>(e{index}, h{index}, bias{index})',
             f'["{part}/Add"] {end} = Add({x}, c{index})',

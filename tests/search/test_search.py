@@ -108,13 +108,23 @@ def test_a_form_that_changes_numbers_is_never_chosen(lowered, make_context, tmp_
 
 
 def test_all_forms_compute_the_same(lowered, make_context):
-    """Executed with an FP32 body: the forms differ by the order of sums, and by codes at ties."""
+    """Executed in FP32 without quantizers: the forms differ by the order of sums."""
     block = cut_blocks(lowered(resnets=3))[1]
     (site,) = block.sites
     exported = in_forms(block, {site.key: "operator"}, make_context())
     for form in ("two-pass", "channel-parts"):
         assert difference(exported, in_forms(block, {site.key: form}, make_context())) == ""
     assert [node.op_type for node in block.model.graph].count("InstanceNormalization") == 1  # the block itself stays
+
+
+def test_another_quantizer_is_another_result(lowered, make_context):
+    block = cut_blocks(lowered())[0]
+    model = block.model.clone()
+    quantizer = next(node for node in model.graph if node.op_type == "QuantizeLinear")
+    scale = quantizer.inputs[1]
+    assert scale is not None
+    scale.const_value = ir.tensor(np.float32(0.04), name=scale.name)
+    assert difference(block.model, model) == "it has other quantizers"
 
 
 def test_a_form_that_the_builder_refuses_does_not_win(lowered, make_context, tmp_path):
