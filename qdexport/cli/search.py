@@ -51,6 +51,7 @@ def search(model: str, **options: Any) -> None:
     out = out_folder(prepared, options["out"])
 
     def stages(job: Compilation) -> None:
+        job.check()
         job.quantize()
         job.search()
 

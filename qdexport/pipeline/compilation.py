@@ -29,6 +29,7 @@ from qdexport.pipeline.validate import validate
 from qdexport.pipeline.workspace import Made
 from qdexport.quant.checkpoint import load_quantized, save_quantized
 from qdexport.quant.ranges import load_ranges
+from qdexport.search.judge import BuilderJudge
 
 if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
@@ -131,6 +132,8 @@ class Compilation:
         if target.module is not None:
             checked_capabilities(target, recipe.compute_capabilities)
             require_builder(target)
+        if recipe.search:
+            BuilderJudge(target, gpu_to_search_on(self.options.gpu, recipe.compute_capabilities))
 
     def compile(self) -> None:
         """All stages, in order."""
@@ -186,7 +189,6 @@ class Compilation:
         """
         root, options = self.workspace.root, self.options
         gpu = gpu_to_search_on(options.gpu, options.recipe.compute_capabilities)
-        require_builder(options.target)
         inputs = {
             "checkpoint": self.workspace.digest("checkpoint"),
             "target": options.target.name,
