@@ -35,8 +35,8 @@ _WIDE = "{count} pointwise kernels write FP32; `body: fp16` halves what they and
 
 _NORMS = (
     "{count} kernels are GroupNorms kept as an operator, each with a kernel that fills its sums with zeros; `qdexport "
-    "search MODEL` builds the written-out forms and keeps what is cheaper (`qdexport compile --explain LAYER` says what "
-    "each form of a norm costs)"
+    "search MODEL` builds the written-out forms and keeps what is cheaper (`qdexport compile --explain LAYER` says "
+    "what each form of a norm costs)"
 )
 _MOVES = (
     "{count} kernels only copy or transpose; `qdexport search MODEL` compares the layouts of tokens (the copy behind "
