@@ -23,9 +23,9 @@ from qdexport.passes.share_quantizers import ShareQuantizers
 from qdexport.passes.split_shortcut import SplitShortcut
 
 if TYPE_CHECKING:
-    from qdexport.graph.runner import GraphPass
+    from qdexport.graph.runner import FormPass, GraphPass
 
-__all__ = ["DEFAULT_ORDER", "FLOATING_POINT", "default_passes", "floating_point_passes"]
+__all__ = ["DEFAULT_ORDER", "FLOATING_POINT", "FORM_PASSES", "default_passes", "floating_point_passes"]
 
 DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
@@ -54,6 +54,8 @@ FLOATING_POINT: tuple[type[GraphPass], ...] = (
     BiasInProduct,
     LegalizeTypes,
 )
+# those that write an operator in one of several forms, which a table chooses; the first form is that of the export
+FORM_PASSES: tuple[type[FormPass], ...] = (ExpandGroupNorm, PlainAttention, SequenceFirst)
 
 
 def default_passes() -> list[GraphPass]:

@@ -51,7 +51,7 @@ class BiasInProduct:
     runs_after: ClassVar[tuple[str, ...]] = ("plain-attention",)
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
-        if not context.target.sequence_first:
+        if not context.target.merge_projections:
             return
         by_input: dict[ir.Value, list[tuple[ir.Node, ir.Node]]] = {}
         for node in model.graph:

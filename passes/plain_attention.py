@@ -6,7 +6,8 @@ After:  ``q -> Mul (a b)``, ``k -> Transpose[B, H, D, L]``, then MatMul -> Softm
 Identity: ``(a q) (b k)^T = (a b q) k^T`` for scalars, and a transposition of the last two axes needs no flattening of
 those before. PyTorch's exporter spreads the scale ``1/sqrt(D)`` over both sides as two square roots; TensorRT-RTX then
 has a kernel that does nothing but scale the keys. Exact up to one rounding of the body's type: a product that was
-rounded on either side is now rounded on one.
+rounded on either side is now rounded on one. This form is the default; a table may keep another for a shape
+(:mod:`qdexport.core.forms`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
+from qdexport.graph.forms import mark_site
 from qdexport.graph.query import const_or_none, dtype_of, input_of, ints_attr, module_of, only_consumer, shape_of
 from qdexport.graph.runner import WhyNot
 
 if TYPE_CHECKING:
+    from qdexport.core.forms import Signature
     from qdexport.graph.runner import PassContext, PassReport
 
 __all__ = ["PlainAttention"]
@@ -34,10 +37,17 @@ class PlainAttention:
     name: ClassVar[str] = "plain-attention"
     exact: ClassVar[bool] = True
     runs_after: ClassVar[tuple[str, ...]] = ()
+    operator: ClassVar[str] = "attention"
+    forms: ClassVar[tuple[str, ...]] = ("as-exported", "plain")
+    default: ClassVar[str] = "plain"
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         for node in list(model.graph):
             if node.op_type != "MatMul" or not _feeds_softmax(node):
+                continue
+            choice = context.form_of(self.operator, mark_site(node, self.operator, _signature(node)), self.default)
+            report.chosen[module_of(node)] = choice.why
+            if choice.form != "plain":
                 continue
             merged, reason = _merge_scales(node)
             if reason:
@@ -46,6 +56,14 @@ class PlainAttention:
                 report.touched.append(module_of(node))
         if report.touched:
             remove_unused(model)
+
+
+def _signature(node: ir.Node) -> Signature:
+    """Type, and those of queries, keys and depth that are fixed."""
+    queries, keys = list(shape_of(input_of(node, 0))), list(shape_of(input_of(node, 1)))
+    sizes = {"queries": queries[-2], "keys": keys[-1], "depth": queries[-1]}
+    signature: Signature = {"dtype": "fp16" if dtype_of(input_of(node, 0)) == ir.DataType.FLOAT16 else "fp32"}
+    return signature | {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def _feeds_softmax(node: ir.Node) -> bool:

@@ -7,7 +7,7 @@ Identity: norms, products with weights and everything elementwise treat every to
 not matter between the borders, where the transpositions that are there anyway change their permutation. Data movement
 only: exact. For several images at once, attention wants [N h, L, D]; of [L, N, C] that is a strided view, of
 [N, L, C] it is not, and TensorRT-RTX then transposes what it reads in a kernel of its own, or splits the norm in front
-of it in two to do it there.
+of it in two to do it there. Whether a region is laid out so is looked up by its size (:mod:`qdexport.core.forms`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import onnx_ir as ir
 
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import SEQUENCE_FIRST_KEY
+from qdexport.graph.dimension import size_of
 from qdexport.graph.edit import NodeWriter, remove_unused
-from qdexport.graph.query import const_or_none, input_of, int_attr, ints_attr, module_of, shape_of
+from qdexport.graph.forms import mark_site
+from qdexport.graph.query import const_or_none, dtype_of, input_of, int_attr, ints_attr, module_of, shape_of
 from qdexport.graph.runner import WhyNot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
+    from qdexport.core.forms import Signature
     from qdexport.graph.runner import PassContext, PassReport
 
 __all__ = ["SequenceFirst"]
@@ -62,10 +65,11 @@ class SequenceFirst:
     name: ClassVar[str] = "sequence-first"
     exact: ClassVar[bool] = True
     runs_after: ClassVar[tuple[str, ...]] = ("plain-attention",)
+    operator: ClassVar[str] = "tokens"
+    forms: ClassVar[tuple[str, ...]] = ("batch-first", "sequence-first")
+    default: ClassVar[str] = "batch-first"
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
-        if not context.target.sequence_first:
-            return
         seen: set[ir.Value] = set()
         for node in list(model.graph):
             if _is_patches(node):
@@ -78,11 +82,28 @@ class SequenceFirst:
                 report.skipped.append(WhyNot(node.name or "", str(reason)))
                 continue
             seen |= region.tokens
-            if region.to_heads:
+            if region.to_heads and self._chosen(node, region, context, report):
                 _rewrite(region)
                 report.touched.append(module_of(node))
         if report.touched:
             remove_unused(model)
+
+    def _chosen(self, entry: ir.Node, region: _Region, context: PassContext, report: PassReport) -> bool:
+        largest = {dim.name: dim.high for dim in context.io.dynamic_dims}
+        signature = mark_site(entry, self.operator, _signature(region, largest))
+        choice = context.form_of(self.operator, signature, self.default)
+        report.chosen[module_of(entry)] = choice.why
+        return choice.form == "sequence-first"
+
+
+def _signature(region: _Region, largest: Mapping[str, int]) -> Signature:
+    """Type, and at the largest sizes length, heads and width of the tokens, and images of a call."""
+    tokens = region.entries[0].outputs[0]
+    batch, length, width = shape_of(tokens)
+    heads = shape_of(region.to_heads[0].outputs[0])[2]
+    sizes = {"length": length, "heads": heads, "width": width, "batch": batch}
+    known = {name: size for name, dim in sizes.items() if (size := size_of(dim, largest)) is not None}
+    return {"dtype": "fp16" if dtype_of(tokens) == ir.DataType.FLOAT16 else "fp32", **known}
 
 
 def _dims(value: ir.Value, rank: int) -> list[int | str]:

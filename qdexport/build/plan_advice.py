@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from qdexport.build.plan_cost import KernelCost, PlanCost
@@ -32,12 +33,27 @@ _UNFUSED = (
 )
 _WIDE = "{count} pointwise kernels write FP32; `body: fp16` halves what they and their readers move"
 
+_NORMS = (
+    "{count} kernels are GroupNorms kept as an operator, each with a kernel that fills its sums with zeros; `qdexport "
+    "search MODEL` builds the written-out forms and keeps what is cheaper (`qdexport compile --explain LAYER` says "
+    "what each form of a norm costs)"
+)
+_MOVES = (
+    "{count} kernels only copy or transpose; `qdexport search MODEL` compares the layouts of tokens (the copy behind "
+    "fused attention of several images stays in all of them)"
+)
+# names of kernels: a GroupNorm operator, and one that computes nothing
+_NORM_OPERATOR = re.compile(r"_*myl_\w*Gnor")
+_MOVES_ONLY = re.compile(r"_*myl_(?:Move|Repl|Resh|Slic|Tran)+(?:Etc)?_")
+
 _RULES: tuple[tuple[Callable[[KernelCost], bool], str], ...] = (
     (lambda kernel: kernel.role in _WEIGHTED and kernel.dtype not in _NARROW, _FLOATING),
     (lambda kernel: kernel.role == "quantize", _QUANTIZE),
     (lambda kernel: kernel.role == "widen", _WIDEN),
     (lambda kernel: kernel.role == "attention" and not kernel.fused, _UNFUSED),
     (lambda kernel: kernel.role == "pointwise" and kernel.dtype == "fp32", _WIDE),
+    (lambda kernel: _NORM_OPERATOR.match(kernel.name) is not None, _NORMS),
+    (lambda kernel: kernel.role != "widen" and _MOVES_ONLY.match(kernel.name) is not None, _MOVES),
 )
 
 

@@ -11,6 +11,7 @@ from qdexport.cli.explain import show_explanation
 from qdexport.cli.options import (
     common,
     folder_argument,
+    form_options,
     out_option,
     overrides_of,
     recipe_options,
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from qdexport.pipeline.compilation import Compilation, CompileOptions
     from qdexport.pipeline.workspace import Workspace
 
-__all__ = ["build", "compile_", "export", "quantize", "validate"]
+__all__ = ["build", "compile_", "export", "out_folder", "prepared_options", "quantize", "run_stages", "validate"]
 
-_STAGES = ["quantize", "export", "build", "validate"]
+_STAGES = ["quantize", "search", "export", "build", "validate"]
 _PARITY_FAILED = 8
 
 
@@ -41,13 +42,18 @@ Examples:
   qdexport compile shapes --force build                    build again although nothing changed
   qdexport compile shapes --explain conv_in                what every compiler pass did to a layer
   qdexport compile shapes --companions none                the denoiser alone, without text encoder and VAE
+  qdexport compile ./my-sd --search --gpu rtx-4090         find the best form of every operator first
 """,
 )
 @click.argument("model")
 @recipe_options
 @worker_options
+@form_options
 @target_option
 @out_option
+@click.option(
+    "--search", is_flag=True, help="First build blocks in several forms, and write every operator in the best one."
+)
 @click.option("--force", "force", multiple=True, type=click.Choice(_STAGES), help="Do this stage again; repeatable.")
 @click.option("--dump-passes", type=click.Path(file_okay=False), help="Write the graph after each pass to this folder.")
 @click.option("--pass", "extra_passes", multiple=True, metavar="FILE.py:CLASS", help="Also run a pass of your own.")
@@ -60,9 +66,9 @@ def compile_(model: str, **options: Any) -> None:
     Writes an output folder with checkpoint, ONNX files, engines, images, report.html and report.json. A second run
     does only what changed; an interrupted one continues. Ends with code 8 when a check failed.
     """
-    prepared = _options(model, options)
-    out = _out(prepared, options["out"])
-    failed = _run(prepared, out, options, lambda job: job.compile())
+    prepared = prepared_options(model, options)
+    out = out_folder(prepared, options["out"])
+    failed = run_stages(prepared, out, options, lambda job: job.compile())
     if options["explain"]:
         show_explanation(out, options["explain"])
     if failed:
@@ -85,8 +91,8 @@ Example:
 def quantize(model: str, **options: Any) -> None:
     """Calibrate MODEL and write the fake-quant checkpoint: a diffusers folder plus quantization.safetensors."""
     options["force"] = ("quantize",) if options["force"] else ()
-    prepared = _options(model, options)
-    _run(prepared, _out(prepared, options["out"]), options, lambda job: job.quantize())
+    prepared = prepared_options(model, options)
+    run_stages(prepared, out_folder(prepared, options["out"]), options, lambda job: job.quantize())
 
 
 def _stage_command(name: str, help_text: str) -> click.Command:
@@ -103,7 +109,7 @@ def _stage_command(name: str, help_text: str) -> click.Command:
             if name == "validate":
                 job.report()
 
-        if _run(prepared, folder, options, stage) and name == "validate":
+        if run_stages(prepared, folder, options, stage) and name == "validate":
             raise SystemExit(_PARITY_FAILED)
 
     return command
@@ -116,7 +122,8 @@ validate = _stage_command(
 )
 
 
-def _options(model: str, options: dict[str, Any]) -> CompileOptions:
+def prepared_options(model: str, options: dict[str, Any]) -> CompileOptions:
+    """What the options of a command say."""
     from pathlib import Path
 
     from qdexport.core.recipe import load_recipe
@@ -129,6 +136,7 @@ def _options(model: str, options: dict[str, Any]) -> CompileOptions:
         allow_re_rounding=options["allow_re_rounding"],
         opset=options["opset"],
         companions=options["companions"],
+        search=options.get("search", False),
     )
     dump = options.get("dump_passes")
     return CompileOptions(
@@ -140,6 +148,8 @@ def _options(model: str, options: dict[str, Any]) -> CompileOptions:
         force=frozenset(options["force"]),
         dump_passes=Path(dump) if dump else None,
         extra_passes=tuple(options.get("extra_passes", ())),
+        forms=options.get("forms"),
+        gpu=options.get("gpu"),
         workers=options["workers"],
         ray=options["ray"],
     )
@@ -158,13 +168,14 @@ def _continued_options(folder: Path, target: str | None, force: tuple[str, ...])
         raise ModelError(f"{folder} holds no checkpoint; run `qdexport quantize MODEL --out {folder}` first")
     return CompileOptions(
         model=manifest.model,
-        recipe=load_recipe(str(recipe)),
+        recipe=load_recipe(str(recipe), {"search": any(item.stage == "search" for item in manifest.artifacts)}),
         target=target_named(target or manifest.target),
         force=frozenset(force),
     )
 
 
-def _out(prepared: CompileOptions, given: Path | None) -> Path:
+def out_folder(prepared: CompileOptions, given: Path | None) -> Path:
+    """The folder that was asked for, or one by model and recipe."""
     from pathlib import Path
 
     if given is not None:
@@ -173,8 +184,15 @@ def _out(prepared: CompileOptions, given: Path | None) -> Path:
     return Path("qdexport-out") / f"{name}-{prepared.recipe.name}"
 
 
-def _run(prepared: CompileOptions, out: Path, options: dict[str, Any], stage: Callable[[Compilation], None]) -> bool:
-    """Runs a stage over an output folder and shows the result; returns whether a check failed."""
+def run_stages(
+    prepared: CompileOptions,
+    out: Path,
+    options: dict[str, Any],
+    stages: Callable[[Compilation], None],
+    *,
+    show: bool = True,
+) -> bool:
+    """Runs stages over an output folder and shows the report; returns whether a check failed."""
     from qdexport.pipeline.compilation import Compilation, new_manifest, new_report
     from qdexport.pipeline.workspace import Workspace
     from qdexport.report.facts import problems
@@ -182,9 +200,10 @@ def _run(prepared: CompileOptions, out: Path, options: dict[str, Any], stage: Ca
     progress = make_progress(options["verbose"], options["as_json"])
     with Workspace.open(out, new_manifest(prepared), new_report(prepared)) as workspace:
         job = Compilation(prepared, workspace, progress)
-        stage(job)
+        stages(job)
         workspace.save()
-        _show(workspace, as_json=options["as_json"])
+        if show:
+            _show(workspace, as_json=options["as_json"])
         return bool(problems(workspace.report))
 
 

@@ -17,6 +17,7 @@ from qdexport.cli.inspect import inspect
 from qdexport.cli.passes import passes
 from qdexport.cli.recipes import recipes
 from qdexport.cli.sample import sample
+from qdexport.cli.search import search
 from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
 
 __all__ = ["cli", "main"]
@@ -55,7 +56,8 @@ def cli() -> None:
 
 
 for command in (
-    compile_, quantize, export, build, validate, inspect, sample, sensitivity, allocate, recipes, passes, doctor,
+    compile_, quantize, export, build, validate, search, inspect, sample, sensitivity, allocate, recipes, passes,
+    doctor,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import yaml
 
+from qdexport.core.gpus import GPUS
 from qdexport.core.target import TARGETS
 from qdexport.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["common", "folder_argument", "out_option", "overrides_of", "recipe_options", "target_option"]
+__all__ = [
+    "common",
+    "folder_argument",
+    "form_options",
+    "out_option",
+    "overrides_of",
+    "recipe_options",
+    "target_option",
+    "worker_options",
+]
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
@@ -69,6 +79,24 @@ def recipe_options(function: _F) -> _F:
     return function
 
 
+def form_options(function: _F) -> _F:
+    """``--forms`` and ``--gpu``."""
+    for option in (
+        click.option(
+            "--gpu",
+            type=click.Choice(list(GPUS)),
+            help="Whose rates a search compares forms by; default: a card of the first compute capability.",
+        ),
+        click.option(
+            "--forms",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Forms of operators, a file that `qdexport search` wrote; default: those that come with qdexport.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def worker_options(function: _F) -> _F:
     """``--workers`` and ``--ray``."""
     for option in (
@@ -113,6 +141,7 @@ def overrides_of(
     allow_re_rounding: bool = False,
     companions: str | None = None,
     opset: int | None = None,
+    search: bool = False,
 ) -> dict[str, Any]:
     """The values of ``--set`` and of the options beside it.
 
@@ -137,4 +166,6 @@ def overrides_of(
     if companions is not None:
         words = [word.strip() for word in companions.split(",")]
         values["companions.networks"] = companions if companions in {"auto", "none"} else words
+    if search:
+        values["search"] = True
     return values

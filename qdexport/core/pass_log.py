@@ -28,6 +28,7 @@ class PassFacts(BaseModel):
         touched: torch modules whose nodes it changed.
         notes: what became of a torch module, where it has more than one way.
         skipped: nodes where it did not apply, with the reason.
+        chosen: the form that an operator of a torch module got, with the costs of the others.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -39,6 +40,7 @@ class PassFacts(BaseModel):
     touched: list[str] = Field(default_factory=list)
     notes: dict[str, str] = Field(default_factory=dict)
     skipped: list[tuple[str, str]] = Field(default_factory=list)
+    chosen: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +103,12 @@ class PassLog(BaseModel):
 def _explained(facts: PassFacts, layer: str) -> Explained:
     own = [name for name in facts.touched if _within(name, layer)]
     notes = [f"{name}: {note}" for name, note in facts.notes.items() if _within(name, layer)]
+    chosen = [f"{name}: {why}" for name, why in facts.chosen.items() if _within(name, layer)]
     reasons = [f"{node}: {reason}" for node, reason in facts.skipped if _within(node.rpartition("/")[0], layer)]
     if own or notes:
-        return Explained(name=facts.name, what="changed", details=(*dict.fromkeys(own), *notes, *reasons))
-    if reasons:
-        return Explained(name=facts.name, what="skipped", details=tuple(reasons))
+        return Explained(name=facts.name, what="changed", details=(*dict.fromkeys(own), *notes, *chosen, *reasons))
+    if reasons or chosen:
+        return Explained(name=facts.name, what="skipped", details=(*chosen, *reasons))
     around = [name for name in facts.touched if name and layer.startswith(f"{name}.")]
     if around:
         return Explained(name=facts.name, what="around", details=tuple(dict.fromkeys(around)))

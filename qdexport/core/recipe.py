@@ -298,6 +298,9 @@ class Recipe(_Part):
         default=False,
         description="8-bit linear layers that read one tensor share one weight scale: fewer kernels, other roundings",
     )
+    search: bool = Field(
+        default=False, description="build blocks of the network in several forms, and write operators in the best ones"
+    )
     calibration: Calibration = Calibration()
     shapes: Shapes = Shapes()
     companions: Companions = Companions()

@@ -29,9 +29,8 @@ class Target:
         plugins: whether custom kernels can be used.
         int4_linear: whether INT4 weights of linear layers may be stored with INT8 compute.
         bodies: floating-point types of the rest of the network.
-        group_norm_elements: a GroupNorm is written out while a group has at most so many elements (0: never).
-        sequence_first: whether attention reads heads of tokens [length, batch, width] without a copy.
-        merge_projections: whether one product of layers that read one tensor takes fewer kernels than its own merging.
+        merge_projections: whether products that share an input are written as its fusions want them (passes
+            merge-projections and bias-in-product).
     """
 
     name: str
@@ -44,8 +43,6 @@ class Target:
     plugins: bool
     int4_linear: bool
     bodies: tuple[str, ...]
-    group_norm_elements: int = 0
-    sequence_first: bool = False
     merge_projections: bool = False
     parser: OnnxParser | None = None
     builder_versions: tuple[tuple[int, int] | tuple[()], tuple[int, int] | tuple[()]] = ((), ())
@@ -80,10 +77,6 @@ TARGETS: dict[str, Target] = {
         plugins=False,
         int4_linear=True,
         bodies=("fp32", "fp16"),
-        # measured on the plans of SD 1.5 and of a 50 M UNet (SM 8.9): one kernel up to some 11,000, two up to here,
-        # where the operator makes three; five at 40,960
-        group_norm_elements=31_000,
-        sequence_first=True,
         merge_projections=True,
     ),
     "tensorrt": Target(

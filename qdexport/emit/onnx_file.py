@@ -16,7 +16,7 @@ from qdexport.core.files import atomic_dir
 from qdexport.emit.external import write_external
 from qdexport.emit.legal import check_legal
 from qdexport.errors import EmitError
-from qdexport.graph.dialect import DOMAIN, LAYER_KEY
+from qdexport.graph.dialect import DOMAIN, FORM_KEY, LAYER_KEY
 from qdexport.graph.edit import name_everything
 from qdexport.graph.nvfp4 import declare_nvfp4, has_nvfp4
 
@@ -107,6 +107,7 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
     for node in model.graph:
         # the module path is the first part of the node's name; stored twice it would only grow the file
         node.metadata_props.pop(LAYER_KEY, None)
+        node.metadata_props.pop(FORM_KEY, None)
         for value in node.outputs:
             value.metadata_props.clear()
     model.graph.opset_imports.clear()

@@ -9,6 +9,7 @@ __all__ = [
     "DOMAIN",
     "FAKE_QUANTIZE",
     "FORM",
+    "FORM_KEY",
     "LAYER_KEY",
     "LOG2_ZERO",
     "NO_AXIS",
@@ -31,6 +32,8 @@ LAYER_KEY = "qdexport.module"
 SCALED_FOR_KEY = "qdexport.scaled_for"
 # metadata of a product that reads tokens as [length, batch, width] where torch has [batch, length, width]
 SEQUENCE_FIRST_KEY = "qdexport.sequence_first"
+# metadata of a node that stands for an operator of several forms: `[operator, signature]` in JSON
+FORM_KEY = "qdexport.form"
 # a layer's module that multiplies its input with 1 / r
 CHANNEL_SCALE = "channel_scale"
 # logarithmic codes from here on stand for 0: FP32 holds smaller powers as subnormal numbers only, which GPUs flush

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import onnx_ir as ir
 
+from qdexport.core.forms import Choice, FormTable, Signature, shipped_forms
 from qdexport.errors import GraphPassError, QdExportError
 from qdexport.graph.edit import name_everything
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from qdexport.core.spec import LayerPlan
     from qdexport.core.target import Target
 
-__all__ = ["GraphPass", "PassContext", "PassReport", "WhyNot", "run_passes"]
+__all__ = ["FormPass", "GraphPass", "PassContext", "PassReport", "WhyNot", "run_passes"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class PassContext:
         bos: the text encoder's embedding of the first token, FP32 ``[D]``; None when no layer is BOS-aware.
         int4: whether weights of linear layers may be stored as INT4 (the target can, and the recipe allows it).
         int4_weight_only: likewise, of layers whose weight alone is quantized.
+        forms: which form operators are written in; None: the table that comes with qdexport.
     """
 
     target: Target
@@ -52,6 +54,12 @@ class PassContext:
     bos: np.ndarray | None = None
     int4: bool = False
     int4_weight_only: bool = False
+    forms: FormTable | None = None
+
+    def form_of(self, operator: str, signature: Signature, default: str) -> Choice:
+        """The form that an operator is written in, and why; ``default`` where nothing was measured."""
+        table = shipped_forms(self.target.name) if self.forms is None else self.forms
+        return table.choose(operator, signature, default)
 
     def plan_of(self, name: str) -> LayerPlan | None:
         """The decision for a layer."""
@@ -74,6 +82,7 @@ class PassReport:
         touched: torch modules whose nodes it changed.
         notes: what became of a torch module, where a pass has more than one way.
         skipped: places where it did not apply.
+        chosen: the form that an operator of a torch module got, where there are several, and why.
     """
 
     name: str
@@ -85,6 +94,7 @@ class PassReport:
     touched: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     skipped: list[WhyNot] = field(default_factory=list)
+    chosen: dict[str, str] = field(default_factory=dict)
 
 
 class GraphPass(Protocol):
@@ -99,6 +109,20 @@ class GraphPass(Protocol):
     runs_after: ClassVar[tuple[str, ...]]
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None: ...
+
+
+class FormPass(GraphPass, Protocol):
+    """A pass that writes an operator in one of several forms, which ``PassContext.form_of`` chooses.
+
+    Attributes:
+        operator: kind of operator.
+        forms: names of the forms; the first is that of the export, which the pass leaves alone.
+        default: the form where nothing was measured.
+    """
+
+    operator: ClassVar[str]
+    forms: ClassVar[tuple[str, ...]]
+    default: ClassVar[str]
 
 
 def run_passes(

@@ -13,6 +13,7 @@ from qdexport.build.engine import BuildOptions, build_engine, checked_capabiliti
 from qdexport.core.environment import environment_facts
 from qdexport.core.files import atomic_path, digest_of, tree_sha256
 from qdexport.core.formats import capabilities_for
+from qdexport.core.forms import FormTable
 from qdexport.core.pass_log import PASS_LOG_FILE
 from qdexport.core.results import Manifest, Report
 from qdexport.errors import RecipeError
@@ -26,10 +27,12 @@ from qdexport.pipeline.companions import CompanionStages
 from qdexport.pipeline.lower import lower_to_onnx, network_facts
 from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
+from qdexport.pipeline.search import FORMS_FILE, SEARCH_FILE, gpu_to_search_on, search_network
 from qdexport.pipeline.validate import validate
 from qdexport.pipeline.workspace import Made
 from qdexport.quant.checkpoint import load_quantized, save_quantized
 from qdexport.quant.ranges import load_ranges
+from qdexport.search.judge import BuilderJudge
 
 if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
@@ -44,7 +47,8 @@ __all__ = ["STAGES", "Compilation", "CompileOptions", "new_manifest", "new_repor
 logger = logging.getLogger(__name__)
 
 CALIBRATION_FOLDER = ".calibration"
-STAGES = ("quantize", "export", "build", "validate")
+SEARCH_FOLDER, SEARCH_CACHE = "search", ".search"
+STAGES = ("quantize", "search", "export", "build", "validate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,8 @@ class CompileOptions:
         force: stages to do again although nothing changed.
         dump_passes: folder for the graph after each pass.
         extra_passes: passes of the user's, ``FILE.py:Class``.
+        forms: a table of the forms of operators; None: the one that comes with qdexport.
+        gpu: whose rates judge a search; None: a card of the recipe's first compute capability.
         workers: processes that measure sensitivities; None: one per core.
         ray: address of a Ray cluster that measures them instead.
     """
@@ -74,6 +80,8 @@ class CompileOptions:
     force: frozenset[str] = frozenset()
     dump_passes: Path | None = None
     extra_passes: tuple[str, ...] = ()
+    forms: Path | None = None
+    gpu: str | None = None
     workers: int | None = None
     ray: str | None = None
 
@@ -128,11 +136,17 @@ class Compilation:
         if target.module is not None:
             self._capabilities()
             require_builder(target)
+        if recipe.search:
+            BuilderJudge(target, gpu_to_search_on(self.options.gpu, recipe.compute_capabilities))
 
     def compile(self) -> None:
         """All stages, in order."""
         self.check()
         self.quantize()
+        if self.options.recipe.search:
+            self.search()
+        else:
+            self.workspace.forget("search")
         self.export()
         if self.options.target.module is not None:
             self.build()
@@ -172,20 +186,58 @@ class Compilation:
             with atomic_path(self.workspace.root / BIT_PLAN_FILE) as partial:
                 shutil.copyfile(found, partial)
 
+    def search(self) -> None:
+        """Finds the form of every operator by building blocks, and writes ``search/``.
+
+        Raises:
+            RecipeError: the target has no builder, or shapes are dynamic.
+        """
+        root, options = self.workspace.root, self.options
+        gpu = gpu_to_search_on(options.gpu, options.recipe.compute_capabilities)
+        inputs = {
+            "checkpoint": self.workspace.digest("checkpoint"),
+            "target": options.target.name,
+            "gpu": gpu.name,
+            "shapes": digest_of(options.recipe.shapes.model_dump()),
+            "forms": _table_digest(options),
+            "tool": __version__,
+        }
+
+        def work() -> list[Made]:
+            folder = root / SEARCH_FOLDER
+            start = FormTable.load(options.forms) if options.forms else None
+            search_network(
+                self.model, options.target, gpu, folder, root / SEARCH_CACHE, start=start, progress=self.progress
+            )
+            return [Made("log", folder / SEARCH_FILE), Made("log", folder / FORMS_FILE)]
+
+        with self.progress.stage("search"):
+            self.workspace.run_stage("search", inputs, work, force="search" in options.force)
+
+    def _forms(self) -> Path | None:
+        """The table that the network is written with: what a search found, or what was given."""
+        if self.options.recipe.search:
+            return self.workspace.root / SEARCH_FOLDER / FORMS_FILE
+        return self.options.forms
+
     def export(self) -> None:
         """Lowers the fake-quant model and writes ``onnx/``, and the same for the networks beside the denoiser."""
         folder = self.workspace.root / "onnx"
+        forms = self._forms()
         inputs = {
             "checkpoint": self.workspace.digest("checkpoint"),
             "target": digest_of(self.options.target.name, self.options.target.opset),
             "shapes": digest_of(self.options.recipe.shapes.model_dump()),
             "passes": digest_of(*map(_pass_digest, self.options.extra_passes)),
+            "forms": tree_sha256(forms) if forms else "",
             "tool": __version__,
         }
 
         def work() -> list[Made]:
             extra = [load_pass(source) for source in self.options.extra_passes]
-            lowered = lower_to_onnx(self.model, folder, self.options.target, self.options.dump_passes, extra)
+            table = FormTable.load(forms) if forms else None
+            options = self.options
+            lowered = lower_to_onnx(self.model, folder, options.target, options.dump_passes, extra, table)
             self.workspace.manifest.profiles = lowered.facts.io.profile_shapes()
             files = sorted(folder.iterdir(), key=lambda path: path == lowered.file.path)
             return [Made("log" if path.name == PASS_LOG_FILE else "onnx", path) for path in files]
@@ -291,10 +343,16 @@ def _pass_digest(source: str) -> str:
     return f"{_file_digest(file)}:{name}"
 
 
+def _table_digest(options: CompileOptions) -> str:
+    return tree_sha256(options.forms) if options.forms else ""
+
+
 def _file_digest(path: str | None) -> str:
     return tree_sha256(Path(path)) if path is not None and Path(path).is_file() else ""
 
 
 def _quantize_digest(recipe: Recipe) -> str:
-    """What the checkpoint depends on; shapes and validation do not change it, but it stores the whole recipe."""
-    return recipe.digest()
+    """What the checkpoint depends on; shapes and validation do not change it, but it stores the whole recipe. A search
+    asks for nothing but work on the graph, so that a network that is calibrated can be searched later.
+    """
+    return digest_of(recipe.model_dump(mode="json", exclude={"search"}))

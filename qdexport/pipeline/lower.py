@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import onnx_ir as ir
+
+    from qdexport.core.forms import FormTable
     from qdexport.core.target import Target
     from qdexport.graph.runner import GraphPass
     from qdexport.quant.attach import QuantizedModel
 
 __all__ = [
     "Lowered",
+    "Network",
+    "capture_network",
     "check_target",
     "lower_to_onnx",
     "network_facts",
@@ -58,30 +63,32 @@ def check_target(model: QuantizedModel, target: Target) -> None:
     check_formats(model.plans, target)
 
 
-def lower_to_onnx(
-    model: QuantizedModel,
-    folder: Path,
-    target: Target,
-    dump_dir: Path | None = None,
-    extra_passes: Sequence[GraphPass] = (),
-    passes: Sequence[GraphPass] | None = None,
-) -> Lowered:
-    """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx`` and what every pass did.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """A captured network, and what its passes will read.
+
+    Attributes:
+        model: of the quantized dialect.
+        facts: what it will say about itself.
+        context: for the passes; its forms are those that were asked for.
+    """
+
+    model: ir.Model
+    facts: NetworkFacts
+    context: PassContext
+
+
+def capture_network(model: QuantizedModel, target: Target, forms: FormTable | None = None) -> Network:
+    """Captures a fake-quant model.
 
     Args:
         model: of any recipe.
-        folder: is replaced.
-        target: decides what passes do.
-        dump_dir: for the graph after every pass.
-        extra_passes: a user's own.
-        passes: instead of all of them (to measure what some of them bring).
+        target: decides what passes will do.
+        forms: which form operators are written in; None: the table that comes with qdexport.
 
     Raises:
         RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
         CaptureError: PyTorch cannot export the model.
-        GraphPassError: a pass refuses the graph.
-        EmitError: the result is not legal ONNX.
-        OutputError: the folder cannot be written.
     """
     check_target(model, target)
     facts = network_facts(model, target)
@@ -96,11 +103,43 @@ def lower_to_onnx(
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
         int4_weight_only=stores_int4_weight_only(model),
+        forms=forms,
     )
+    return Network(model=captured.model, facts=facts, context=context)
+
+
+def lower_to_onnx(  # noqa: PLR0913  what is lowered, where to, and what may differ from the usual
+    model: QuantizedModel,
+    folder: Path,
+    target: Target,
+    dump_dir: Path | None = None,
+    extra_passes: Sequence[GraphPass] = (),
+    forms: FormTable | None = None,
+    passes: Sequence[GraphPass] | None = None,
+) -> Lowered:
+    """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx`` and what every pass did.
+
+    Args:
+        model: of any recipe.
+        folder: is replaced.
+        target: decides what passes do.
+        dump_dir: for the graph after every pass.
+        extra_passes: a user's own.
+        forms: which form operators are written in; None: the table that comes with qdexport.
+        passes: instead of all of them (to measure what some of them bring).
+
+    Raises:
+        RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
+        CaptureError: PyTorch cannot export the model.
+        GraphPassError: a pass refuses the graph.
+        EmitError: the result is not legal ONNX.
+        OutputError: the folder cannot be written.
+    """
+    network = capture_network(model, target, forms)
     chosen = with_passes(list(default_passes() if passes is None else passes), extra_passes)
-    reports = run_passes(captured.model, chosen, context, dump_dir)
-    facts = facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
-    file = emit(captured.model, folder, target, facts.to_metadata())
+    reports = run_passes(network.model, chosen, network.context, dump_dir)
+    facts = network.facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
+    file = emit(network.model, folder, target, facts.to_metadata())
     _log(reports).save(folder / PASS_LOG_FILE)
     return Lowered(file=file, facts=facts, passes=tuple(reports))
 
@@ -132,6 +171,7 @@ def _log(reports: Sequence[PassReport]) -> PassLog:
                 touched=list(dict.fromkeys(report.touched)),
                 notes=report.notes,
                 skipped=[(item.node, item.reason) for item in report.skipped],
+                chosen=report.chosen,
             )
             for report in reports
         ]

@@ -135,6 +135,11 @@ class Workspace:
         self.manifest.artifacts = kept + new
         self.save()
 
+    def forget(self, stage: str) -> None:
+        """Takes what a stage wrote out of the manifest; its files stay."""
+        self.manifest.artifacts = [item for item in self.manifest.artifacts if item.stage != stage]
+        self.report.stages.pop(stage, None)
+
     def save(self) -> None:
         """Writes report and manifest; the report's own digest in the manifest follows its contents."""
         path = self.root / REPORT_FILE
@@ -183,7 +188,8 @@ def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest
 
 def _refuse_foreign(root: Path) -> None:
     foreign = [item.name for item in root.iterdir() if not item.name.startswith(".")]
-    ours = {"checkpoint", "onnx", "engine", "images", "golden", REPORT_FILE, "report.html", *COMPANION_NAMES}
+    stages = {"checkpoint", "search", "onnx", "engine", "images", "golden"}
+    ours = {*stages, REPORT_FILE, "report.html", *COMPANION_NAMES}
     unknown = sorted(set(foreign) - ours)
     if unknown:
         raise OutputError(

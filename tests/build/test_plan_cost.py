@@ -116,6 +116,18 @@ def test_an_unknown_type_is_refused():
         cost_of(kernel(0, "kgen", ["complex64[4] x"], ["fp32[4] y"]))
 
 
+def test_advice_points_from_kept_operators_and_copies_to_the_search():
+    big = ["fp16[2,320,64,64] x"]
+    norm = kernel(0, "kgen", big, ["int8[2,320,64,64] y"], name="__myl_SiluCastMulMinMaxRounCastGnor_myl0_3")
+    move = kernel(1, "kgen", ["int8[16,4096,40] x"], ["int8[4096,2,8,40] y"], name="__myl_MoveReshTran_myl0_8")
+    epilogue = kernel(2, "kgen", big, ["fp16[2,320,64,64] y"], name="__myl_MulCastAddMoveAdd_myl0_9")
+    advice = plan_advice(cost_of(norm, move, epilogue))
+    assert len(advice) == 2
+    assert "1 kernels are GroupNorms kept as an operator" in advice[0]
+    assert "1 kernels only copy or transpose" in advice[1]
+    assert all("`qdexport search MODEL`" in sentence for sentence in advice)
+
+
 def test_advice_names_what_takes_the_time():
     half = kernel(0, "gemm", ["fp16[128,64] x", "const fp16[64,192] w"], ["fp16[128,192] y"], modules=("ff.proj",))
     widen = kernel(1, "kgen", ["const int4[64,192] w"], ["int8[64,192] v"], name="__myl_Cast", modules=("to_q",))

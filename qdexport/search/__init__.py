@@ -1,0 +1,1 @@
+"""Finds the forms of operators by building blocks of a network and comparing their kernel plans."""
