@@ -196,5 +196,5 @@ def test_table_without_a_context() -> None:
 def test_shapes_of_parameters() -> None:
     with pytest.raises(ValueError, match=r"must be \[R\]"):
         ActivationQuantizer(A8, torch.ones(1, 3), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"must be \[1\] or \[1, C\]"):
+    with pytest.raises(ValueError, match=r"must be \[1\], \[1, C\] or \[1, C, B\]"):
         WeightQuantizer(W8, torch.ones(3))
