@@ -19,7 +19,7 @@ def test_registering_twice_is_harmless() -> None:
     assert onnx.defs.has(FAKE_QUANTIZE, DOMAIN)
     schema = onnx.defs.get_schema(FAKE_QUANTIZE, VERSION, DOMAIN)
     assert [item.name for item in schema.inputs] == ["x", "scale", "zero_point", "row", "mode"]
-    assert sorted(schema.attributes) == ["axis", "qmax", "qmin"]
+    assert sorted(schema.attributes) == ["axis", "form", "qmax", "qmin"]
 
 
 def test_the_checker_accepts_legal_nodes_and_refuses_others() -> None:
