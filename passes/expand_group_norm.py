@@ -70,8 +70,9 @@ class ExpandGroupNorm:
             if choice.form == "operator":
                 continue
             image = _image(node) if choice.form == "channel-parts" else None
-            if choice.form == "channel-parts" and image is None:
-                report.skipped.append(WhyNot(node.name or "", "its channels are no parts of known sizes"))
+            dims = list(shape_of(input_of(node, 0)))[1:]
+            if choice.form == "channel-parts" and not all(isinstance(dim, int) for dim in dims):
+                report.skipped.append(WhyNot(node.name or "", "its channels have no size before it runs"))
                 continue
             _expand(node, image)
             report.touched.append(module_of(node))

@@ -76,16 +76,24 @@ _COMMON: dict[tuple[Format, LayerKind], Support] = {
     (Format.NVFP4, "linear"): Support(refused=_NVFP4_TARGET),
 }
 
+_TENSORRT: dict[tuple[Format, LayerKind], Support] = _COMMON | {
+    (Format.W8A16_BLOCKED, "linear"): Support(
+        refused="TensorRT documents blocks for 4-bit weights alone; use granularity: per_channel, or bits: 4"
+    ),
+}
+
 _TABLE: dict[str, dict[tuple[Format, LayerKind], Support]] = {
     "tensorrt-rtx": _COMMON
     | {
         (Format.W4A8, "linear"): Support(stored="int4", computed="int8"),
         (Format.NVFP4, "linear"): Support(stored="nvfp4", computed="nvfp4", capability="12.0"),
     },
-    "tensorrt": _COMMON
+    "tensorrt": _TENSORRT,
+    "tensorrt-10": _TENSORRT
     | {
-        (Format.W8A16_BLOCKED, "linear"): Support(
-            refused="TensorRT documents blocks for 4-bit weights alone; use granularity: per_channel, or bits: 4"
+        (Format.W4A16, "linear"): _NARROW_WEIGHT,
+        (Format.W4A16_BLOCKED, "linear"): Support(
+            refused="opset 20 has no blocks; use granularity: per_channel, or target tensorrt"
         ),
     },
     "onnxruntime": _COMMON | {(Format.FP8, "conv"): _REFERENCE_FP8, (Format.FP8, "linear"): _REFERENCE_FP8},

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from qdexport.core.parsers import TENSORRT_10, TENSORRT_11, OnnxParser
 from qdexport.errors import RecipeError
 
-__all__ = ["TARGETS", "Target", "target_named"]
+__all__ = ["INT4_OPSET", "TARGETS", "Target", "target_named"]
 
-_INT4_OPSET = 21
+INT4_OPSET = 21  # the first with INT4 tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ class Target:
         low, high = self.opsets
         if not low <= opset <= high:
             raise RecipeError(f"target {self.name} takes opset {low} to {high}, not {opset}; remove `opset`")
-        return replace(self, opset=opset, int4_linear=self.int4_linear and opset >= _INT4_OPSET)
+        return replace(self, opset=opset, int4_linear=self.int4_linear and opset >= INT4_OPSET)
 
 
 TARGETS: dict[str, Target] = {

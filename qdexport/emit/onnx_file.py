@@ -18,7 +18,7 @@ from qdexport.emit.legal import check_legal
 from qdexport.errors import EmitError
 from qdexport.graph.dialect import DOMAIN, FORM_KEY, LAYER_KEY
 from qdexport.graph.edit import name_everything
-from qdexport.graph.nvfp4 import declare_nvfp4, has_nvfp4
+from qdexport.graph.nvfp4 import NVFP4_OPSET, declare_nvfp4, has_nvfp4
 
 if TYPE_CHECKING:
     from qdexport.core.target import Target
@@ -103,7 +103,7 @@ def _finish(model: ir.Model, target: Target, metadata: dict[str, str]) -> None:
         raise EmitError(f"{len(left)} nodes of the quantized dialect are left, the first is {left[0]}")
     common_passes.DeduplicateInitializersPass(size_limit=_SHARED_ELEMENTS)(model)
     name_everything(model)
-    check_legal(model, target)
+    check_legal(model, target.with_opset(NVFP4_OPSET) if has_nvfp4(model) else target)
     for node in model.graph:
         # the module path is the first part of the node's name; stored twice it would only grow the file
         node.metadata_props.pop(LAYER_KEY, None)

@@ -25,12 +25,12 @@ from qdexport.graph.query import const_or_none, input_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["DYNAMIC_QUANTIZE", "TRT_DOMAIN", "declare_nvfp4", "executable", "has_nvfp4"]
+__all__ = ["DYNAMIC_QUANTIZE", "NVFP4_OPSET", "TRT_DOMAIN", "declare_nvfp4", "executable", "has_nvfp4"]
 
 TRT_DOMAIN = "trt"
 DYNAMIC_QUANTIZE = "TRT_FP4DynamicQuantize"
 _E2M1_MAX = 6.0
-_OPSET, _IR_VERSION = 23, 11
+NVFP4_OPSET, _IR_VERSION = 23, 11
 _FLOAT, _E2M1, _E4M3 = ir.DataType.FLOAT, ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN
 _BOUNDS = ((2.0, 0.5), (4.0, 1.0))  # below the first number the distance of neighbours is the second; else 2
 
@@ -42,7 +42,7 @@ def has_nvfp4(model: ir.Model) -> bool:
 
 def declare_nvfp4(model: ir.Model) -> None:
     """Raises the versions of a model to the first that have E2M1, and declares the domain of the quantizer."""
-    model.graph.opset_imports[""] = max(model.graph.opset_imports.get("", 0), _OPSET)
+    model.graph.opset_imports[""] = max(model.graph.opset_imports.get("", 0), NVFP4_OPSET)
     model.graph.opset_imports[TRT_DOMAIN] = 1
     model.ir_version = max(model.ir_version or 0, _IR_VERSION)
 

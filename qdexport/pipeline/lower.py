@@ -9,6 +9,7 @@ from qdexport.capture.export import capture
 from qdexport.core.formats import check_formats
 from qdexport.core.network_facts import NetworkFacts
 from qdexport.core.pass_log import PASS_LOG_FILE, PassFacts, PassLog
+from qdexport.core.target import INT4_OPSET
 from qdexport.emit.onnx_file import OnnxFile, emit
 from qdexport.errors import RecipeError
 from qdexport.graph.runner import PassContext, PassReport, run_passes
@@ -102,7 +103,7 @@ def capture_network(model: QuantizedModel, target: Target, forms: FormTable | No
         training_steps=facts.training_steps,
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
-        int4_weight_only=stores_int4_weight_only(model),
+        int4_weight_only=stores_int4_weight_only(model, target),
         forms=forms,
     )
     return Network(model=captured.model, facts=facts, context=context)
@@ -187,9 +188,9 @@ def stores_int4_weights(model: QuantizedModel, target: Target) -> bool:
     return target.int4_linear and model.recipe.int4_storage == "auto"
 
 
-def stores_int4_weight_only(model: QuantizedModel) -> bool:
-    """Whether narrow weights of linear layers whose input is not quantized are stored as INT4: every target can."""
-    return model.recipe.int4_storage == "auto"
+def stores_int4_weight_only(model: QuantizedModel, target: Target) -> bool:
+    """Whether narrow weights of layers whose input is not quantized are stored as INT4: opset and recipe allow it."""
+    return target.opset >= INT4_OPSET and model.recipe.int4_storage == "auto"
 
 
 def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:

@@ -124,7 +124,8 @@ def _storage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None) -> di
     layers = [layer for layer in model.plans if layer.weight_only]
     if not layers:
         return {}
-    narrow = stores_int4_weight_only(model)
+    target = target_named(read_network_facts(onnx_path).target).with_opset(model.recipe.opset)
+    narrow = stores_int4_weight_only(model, target)
     emitted = onnx_weight_types(onnx_path, [layer.name for layer in layers])
     sizes = {layer.name: model.denoiser.get_parameter(f"{layer.name}.weight").numel() for layer in layers}
     compiled = {} if plan is None else engine_weight_types(plan, sizes)

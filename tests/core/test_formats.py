@@ -9,7 +9,7 @@ import pytest
 from qdexport.core.formats import Format, capabilities_for, check_formats, format_of, formats_table, support
 from qdexport.core.recipe import Recipe, load_recipe
 from qdexport.core.spec import LayerPlan, QuantSpec, layer_precision, weight_storage
-from qdexport.core.target import TARGETS
+from qdexport.core.target import INT4_OPSET, TARGETS
 from qdexport.errors import RecipeError
 
 INT8 = QuantSpec(bits=8)
@@ -43,7 +43,7 @@ def test_every_cell(target, form, kind) -> None:
     check_formats([plan], target)
     # the decisions of the compiler are those of the table
     computed = layer_precision(plan, "body", int4_linear=target.int4_linear)
-    stored = weight_storage(plan, int4_linear=target.int4_linear, int4_weight_only=True)
+    stored = weight_storage(plan, int4_linear=target.int4_linear, int4_weight_only=target.opset >= INT4_OPSET)
     assert stored == cell.stored
     assert computed == cell.computed or (computed == "int4" and cell.computed == "int8")
 

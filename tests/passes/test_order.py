@@ -104,6 +104,7 @@ def test_all_passes_together(graphs, noise, body):
         "precompute-bos": False,
         "merge-projections": False,  # no plans, no layers
         "lower-log2": False,
+        "lower-nvfp4": False,
         "lower-zero-point": True,
         "lower-timestep-scale": True,
         "lower-bitwidth": True,
