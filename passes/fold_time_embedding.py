@@ -105,26 +105,28 @@ def _bypass_expand(model: ir.Model, timestep: ir.Value) -> None:
 def _keep_one_row(model: ir.Model, timestep: ir.Value) -> None:
     """Lets a Reshape of something with one row give one row too, where it was written for the batch (PixArt)."""
     alone: set[ir.Value] = {timestep}
+    fixed: set[ir.Value] = set()  # computed from constants alone: weights behind their quantizers
     for node in model.graph:
-        data = [value for value in node.inputs if value is not None and const_or_none(value) is None]
-        if node.op_type == "Reshape" and data[0] in alone:
-            dims = list(shape_of(node.outputs[0]))[1:]
-            for_batch = shape_of(node.outputs[0])[0] != 1
-            if for_batch and len(dims) > 1 and all(isinstance(dim, int) for dim in dims):
-                target = np.array([1, *(int(str(dim)) for dim in dims)], np.int64)
-                node.replace_input_with(1, NodeWriter(node).constant("one_row", target))
-                node.outputs[0].shape = ir.Shape([1, *dims])
-                data = data[:1]
-        if data and all(value in alone or _is_weight(value) for value in data):
+        inputs = [value for value in node.inputs if value is not None]
+        sources = [value for value in inputs if value not in fixed and const_or_none(value) is None]
+        if node.op_type == "Reshape" and inputs[0] in alone:
+            _reshape_to_one_row(node)
+            sources = inputs[:1]
+        if not sources:
+            fixed.update(node.outputs)
+        elif all(value in alone for value in sources):
             alone.update(node.outputs)
 
 
-def _is_weight(value: ir.Value) -> bool:
-    """Whether a value is computed from constants alone: a weight behind its quantizer."""
-    node = value.producer()
-    return node is not None and all(
-        item is None or const_or_none(item) is not None or _is_weight(item) for item in node.inputs
-    )
+def _reshape_to_one_row(node: ir.Node) -> None:
+    before, dims = list(shape_of(node.inputs[0] or node.outputs[0])), list(shape_of(node.outputs[0]))
+    if len(dims) < 3 or dims[0] == 1 or not all(isinstance(dim, int) for dim in [*before[1:], *dims[1:]]):
+        return
+    if _size(before[1:]) != _size(dims[1:]):
+        return  # it moves other axes, not rows
+    target = np.array([1, *(int(str(dim)) for dim in dims[1:])], np.int64)
+    node.replace_input_with(1, NodeWriter(node).constant("one_row", target))
+    node.outputs[0].shape = ir.Shape([1, *dims[1:]])
 
 
 def _is_ones(value: ir.Value | None) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import LAYER_KEY
+from qdexport.graph.runner import PassReport
 from qdexport.passes.fold_time_embedding import FoldTimeEmbedding
 
 STEPS = (981, 500, 1, 0)
@@ -466,3 +467,15 @@ def test_a_reshape_to_the_batch_keeps_one_row(graphs, noise):
     ran = graphs.run(model, FoldTimeEmbedding(), feeds_of(noise), graphs.context_of(STEPS))
     assert not {"Expand", "MatMul"} & {node.op_type for node in ran.model.graph}
     ran.assert_equal()
+
+
+def test_deep_networks_are_walked_once(graphs, noise):
+    """Behind the embedding stands a network deeper than Python's stack, whose every value is read twice."""
+    deep = 1500
+    sums = "\n".join(f'["deep/Add"] d{step + 1} = Add(d{step}, d{step})' for step in range(deep))
+    start = PROJECTIONS.replace("y = Mul(h, e24)", "m = Mul(h, e24)") + '["deep/Mul"] d0 = Mul(m, tiny)\n'
+    end = f'\n["deep/Identity"] y = Identity(d{deep})\n'
+    model = unet(graphs, noise, projections=start + sums + end, tiny=np.float32(0))
+    report = PassReport("fold-time-embedding")
+    FoldTimeEmbedding().apply(model, graphs.context_of(STEPS), report)
+    assert report.touched == ["resnets.0", "resnets.1"]
