@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import subprocess
 import sys
@@ -64,6 +65,14 @@ def test_passes_and_plugins_are_links(repository: Path, tracked: list[str], pack
         ["git", "ls-files", "-s", f"qdexport/{package}"], cwd=repository, capture_output=True, text=True, check=True
     ).stdout.split()[0]
     assert mode == "120000"
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig: pytest.Config, tracked: list[str]) -> None:
+    """pytest's own default passes folders called `build` over."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {part for name in tracked if name.startswith("tests/") for part in Path(name).parent.parts}
+    assert "build" in folders
+    assert [folder for folder in folders for pattern in patterns if fnmatch.fnmatch(folder, pattern)] == []
 
 
 def test_no_tracked_file_is_large(repository: Path, tracked: list[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from qdexport.build.plan import plan_tensors
+from qdexport.build.plan import PlanTensor, frozen_tensors, plan_tensors
+from qdexport.core.layer_names import node_names
 from qdexport.core.results import KernelFact, Plan, WeightStorage
 
 __all__ = ["engine_weight_types", "storage_mismatches"]
@@ -29,16 +30,44 @@ def engine_weight_types(plan: Plan, weights: Mapping[str, int]) -> dict[str, str
     """
     by_node: dict[str, list[KernelFact]] = {}
     for kernel in plan.kernels:
-        for node in kernel.nodes:
-            by_node.setdefault(node, []).append(kernel)
+        for name in (name for node in kernel.nodes for name in node_names(node)):
+            by_node.setdefault(name, []).append(kernel)
+    makers = _makers(plan)
     found = {}
     for layer, size in weights.items():
         names = (f"{layer}.weight_quantizer/DequantizeLinear", *(f"{layer}/{op}" for op in _NODES))
         kernels = [kernel for name in names for kernel in by_node.get(name, ())]
-        tensors = [tensor for kernel in kernels for tensor in plan_tensors(kernel.inputs)]
-        types = {tensor.dtype for tensor in tensors if tensor.constant and prod(tensor.dims) >= size}
+        tensors = [tensor for kernel in kernels for tensor in _constants(kernel, makers)]
+        types = {tensor.dtype for tensor in tensors if prod(tensor.dims) >= size}
         found[layer] = "+".join(sorted(types)) or "missing"
     return found
+
+
+def _makers(plan: Plan) -> dict[str, KernelFact]:
+    """The kernels that make tensors of constants alone, by the tensor's name: they name no layer where the builder has
+    merged several.
+    """
+    frozen = frozen_tensors(plan.kernels)
+    return {
+        tensor.name: kernel
+        for kernel in plan.kernels
+        for tensor in plan_tensors(kernel.outputs)
+        if tensor.name in frozen
+    }
+
+
+def _constants(kernel: KernelFact, makers: Mapping[str, KernelFact]) -> list[PlanTensor]:
+    """The constants that a kernel reads, itself or through kernels that read nothing else."""
+    constants, waiting, seen = [], [kernel], set()
+    while waiting:
+        one = waiting.pop()
+        for tensor in plan_tensors(one.inputs):
+            if tensor.constant:
+                constants.append(tensor)
+            elif tensor.name in makers and tensor.name not in seen:
+                seen.add(tensor.name)
+                waiting.append(makers[tensor.name])
+    return constants
 
 
 def storage_mismatches(storage: Mapping[str, WeightStorage]) -> list[str]:

@@ -116,14 +116,23 @@ def _quantizer_problems(node: ir.Node, parser: OnnxParser) -> Iterator[str]:
     if node.op_type == "DequantizeLinear" and attribute is not None and not parser.dequantize_output_dtype:
         yield f"{parser.name} refuses output_dtype of a DequantizeLinear; put a Cast behind it"
     scale = const_or_none(node.inputs[1])
-    if scale is None:
+    if scale is None and not _is_block_scale(node.inputs[1]):
         yield f"the scale {value_name(node.inputs[1])} is computed; it must be a constant"
-    elif not (scale > 0).all():
+    elif scale is not None and not (scale > 0).all():
         yield "a scale is 0 or negative"
     yield from _zero_point_problems(node, 1 if scale is None else int(scale.size), attribute is not None)
     moving = node.inputs[0] is not None and const_or_none(node.inputs[0]) is None
     if scale is not None and scale.size > 1 and moving and _is_activation(node.inputs[0]):
         yield f"an activation has {scale.size} scales; use one"
+
+
+def _is_block_scale(value: ir.Value | None) -> bool:
+    """Whether a scale is that of NVFP4's blocks: codes in E4M3 times one constant."""
+    producer = None if value is None else value.producer()
+    if producer is None or producer.op_type != "DequantizeLinear" or const_or_none(producer.inputs[1]) is None:
+        return False
+    codes = producer.inputs[0]
+    return codes is not None and codes.dtype == ir.DataType.FLOAT8E4M3FN
 
 
 def _zero_point_problems(node: ir.Node, scales: int, has_dtype: bool) -> Iterator[str]:

@@ -41,7 +41,8 @@ class RotaryTables(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, FP32 ``[S, D]`` each, of positions INT64 ``[S, axes]``; see `out_of_range`."""
-        rows = ids.clamp(0, POSITIONS - 1)
+        # TensorRT has Max and Min of whole numbers, but no Clip
+        rows = torch.minimum(torch.maximum(ids, torch.zeros_like(ids)), torch.full_like(ids, POSITIONS - 1))
         cos = torch.cat([self.get_buffer(f"cos_{axis}")[rows[:, axis]] for axis in range(self.axes)], dim=-1)
         sin = torch.cat([self.get_buffer(f"sin_{axis}")[rows[:, axis]] for axis in range(self.axes)], dim=-1)
         return cos, sin

@@ -35,6 +35,7 @@ __all__ = [
     "Network",
     "capture_network",
     "check_target",
+    "lower_network",
     "lower_to_onnx",
     "network_facts",
     "stores_int4_weight_only",
@@ -79,13 +80,16 @@ class Network:
     context: PassContext
 
 
-def capture_network(model: QuantizedModel, target: Target, forms: FormTable | None = None) -> Network:
+def capture_network(
+    model: QuantizedModel, target: Target, forms: FormTable | None = None, captured: ir.Model | None = None
+) -> Network:
     """Captures a fake-quant model.
 
     Args:
         model: of any recipe.
         target: decides what passes will do.
         forms: which form operators are written in; None: the table that comes with qdexport.
+        captured: the capture, if it was made already: it depends on the model alone, not on the target.
 
     Raises:
         RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
@@ -93,7 +97,7 @@ def capture_network(model: QuantizedModel, target: Target, forms: FormTable | No
     """
     check_target(model, target)
     facts = network_facts(model, target)
-    captured = capture(model.denoiser, facts.io)
+    graph = capture(model.denoiser, facts.io).model if captured is None else captured
     context = PassContext(
         target=target,
         body=model.body,
@@ -106,7 +110,7 @@ def capture_network(model: QuantizedModel, target: Target, forms: FormTable | No
         int4_weight_only=stores_int4_weight_only(model, target),
         forms=forms,
     )
-    return Network(model=captured.model, facts=facts, context=context)
+    return Network(model=graph, facts=facts, context=context)
 
 
 def lower_to_onnx(  # noqa: PLR0913  what is lowered, where to, and what may differ from the usual
@@ -138,7 +142,19 @@ def lower_to_onnx(  # noqa: PLR0913  what is lowered, where to, and what may dif
     """
     network = capture_network(model, target, forms)
     chosen = with_passes(list(default_passes() if passes is None else passes), extra_passes)
-    reports = run_passes(network.model, chosen, network.context, dump_dir)
+    return lower_network(network, model, folder, chosen, dump_dir)
+
+
+def lower_network(
+    network: Network,
+    model: QuantizedModel,
+    folder: Path,
+    passes: Sequence[GraphPass],
+    dump_dir: Path | None = None,
+) -> Lowered:
+    """The same for a network that was captured already, with exactly these passes; the network's graph is used up."""
+    target = network.context.target
+    reports = run_passes(network.model, passes, network.context, dump_dir)
     facts = network.facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
     file = emit(network.model, folder, target, facts.to_metadata())
     _log(reports).save(folder / PASS_LOG_FILE)

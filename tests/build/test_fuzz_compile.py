@@ -41,9 +41,9 @@ def test_a_pass_that_breaks_the_network_is_named(fuzz, monkeypatch, tmp_path):
 
     def broken(self, model, context, report):
         original(self, model, context, report)
-        bias = next(node for node in model.graph if node.op_type == "Conv" and len(node.inputs) > 2).inputs[2]
-        assert bias is not None
-        bias.const_value = ir.tensor(bias.const_value.numpy() + 100)
+        scales = [node.inputs[1] for node in model.graph if node.op_type == "DequantizeLinear"]
+        scale = next(value for value in scales if value.const_value.size > 1)
+        scale.const_value = ir.tensor(scale.const_value.numpy() * 100, name=scale.name)
 
     monkeypatch.setattr(LowerBitwidth, "apply", broken)
     with pytest.raises(fuzz.FuzzError, match="lower-bitwidth changes the network's output"):

@@ -38,6 +38,15 @@ def test_where_a_plan_keeps_a_weight(kernels, found):
     assert engine_weight_types(plan_of(*kernels), {"l": 512}) == {"l": found}
 
 
+def test_a_weight_that_the_builder_merged_with_others_is_followed():
+    """The kernel that widens several weights at once names none of their layers."""
+    kernels = [
+        kernel("kgen", [], ["const int8[64,24] w", "const fp32[1,24] s"], ["fp16[64,24] wide"]),
+        kernel("gemm", ["q/MatMul", "k/MatMul"], ["fp16[2,64] x", "fp16[64,24] wide", "const fp32[1] alpha"]),
+    ]
+    assert engine_weight_types(plan_of(*kernels), {"q": 512, "k": 512}) == {"q": "int8", "k": "int8"}
+
+
 def test_weights_that_are_stored_otherwise_are_named():
     storage = {
         "a": WeightStorage(planned="int4", onnx="int4", engine="int4"),

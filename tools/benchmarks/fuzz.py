@@ -24,8 +24,9 @@ from qdexport.errors import GraphPassError, QdExportError
 from qdexport.graph.evaluate import evaluate
 from qdexport.models.load import loaded_from_denoiser
 from qdexport.models.synthetic import random_unet
-from qdexport.passes import DEFAULT_ORDER
-from qdexport.pipeline.lower import lower_to_onnx, network_facts, stores_int4_weights
+from qdexport.passes import DEFAULT_ORDER, default_passes
+from qdexport.passes.loading import with_passes
+from qdexport.pipeline.lower import capture_network, lower_network, network_facts, stores_int4_weights
 from qdexport.pipeline.validate import coverage_of
 from qdexport.quant.attach import quantize_model
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
+    import onnx
 
     from qdexport.core.target import Target
     from qdexport.graph.runner import GraphPass, PassContext, PassReport
@@ -83,10 +85,14 @@ def check_draw(case: Draw, folder: Path, *, build: bool) -> Checked:
     """
     checked = Checked()
     try:
-        _execute_passes(_quantized(replace(case, recipe={**case.recipe, "body": "fp32"})), folder / "executed", checked)
-        model = _quantized(case)
+        exact = _quantized(replace(case, recipe={**case.recipe, "body": "fp32"}))
+        captured = _captured(exact)
+        _execute_passes(exact, captured, folder / "executed", checked)
+        model = exact if case.recipe["body"] == "fp32" else _quantized(case)
+        captured = captured if model is exact else _captured(model)
         for target in TARGETS.values():
-            lowered = lower_to_onnx(model, folder / target.name, target)
+            network = capture_network(model, target, captured=ir.from_proto(captured))
+            lowered = lower_network(network, model, folder / target.name, default_passes())
             _check_file(model, lowered, target, checked)
             if build and target.name == "tensorrt-rtx":
                 _check_engine(model, lowered, folder / "engine", checked)
@@ -144,14 +150,20 @@ class _Shared:
         self.digest, self.output = digest, output
 
 
-def _execute_passes(model: QuantizedModel, folder: Path, checked: Checked) -> None:
+def _captured(model: QuantizedModel) -> onnx.ModelProto:
+    """What every target starts from; a capture takes longer than all else here."""
+    return ir.to_proto(capture_network(model, target_named("onnxruntime")).model)
+
+
+def _execute_passes(model: QuantizedModel, captured: onnx.ModelProto, folder: Path, checked: Checked) -> None:
     """Lowers for TensorRT-RTX with an execution behind every pass."""
     target = target_named("tensorrt-rtx")
     calls = check_calls(model, network_facts(model, target).io, 1, 0)
     shared = _Shared({name: tensor.numpy() for name, tensor in calls[0].inputs.items()}, checked.passes_db)
     # the last one stands in front of the check of all types: nothing may come behind that
     names = ["", *(item.name for item in DEFAULT_ORDER[:-1])]
-    lower_to_onnx(model, folder, target, extra_passes=[_executed(name, shared) for name in names])
+    network = capture_network(model, target, captured=ir.from_proto(captured))
+    lower_network(network, model, folder, with_passes(default_passes(), [_executed(name, shared) for name in names]))
 
 
 def _check_file(model: QuantizedModel, lowered: Lowered, target: Target, checked: Checked) -> None:
