@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import click
 from benchmarks.children import run_module
+from benchmarks.command import run_command
 
 from qdexport.core.recipe import load_recipe
-from qdexport.errors import ParityError, QdExportError
+from qdexport.errors import ParityError
 
 # SD-like UNets by width (bytes grow, layers do not), and by layers per block at one width
 _WIDTHS = {f"width {width}": {"block_out_channels": [width, 2 * width, 3 * width]} for width in (64, 128, 192, 256)}
@@ -131,11 +131,4 @@ def _show(rows: list[_Row]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except QdExportError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
+    run_command(cli)

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from benchmarks.children import ChildError, run_module
+from benchmarks.command import run_command
 from benchmarks.costs import machine
 from benchmarks.peers import ROUTES, finished, rows_of
-
-from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -149,18 +148,8 @@ def _show(columns: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs the command line; errors meant for the user end with their exit code and one line."""
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    except QdExportError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+    """Runs the command line."""
+    run_command(cli)
 
 
 if __name__ == "__main__":

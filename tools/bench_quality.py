@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from benchmarks.command import run_command
 
-from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError, RecipeError
+from qdexport.errors import RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -295,20 +296,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Runs the command line; errors meant for the user end with their exit code and one line."""
+    """Runs the command line; a request to end stops as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        click.echo("stopped; finished images are kept, and the next run goes on from them", err=True)
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    except QdExportError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+    run_command(cli, stopped="stopped; finished images are kept, and the next run goes on from them")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
+from benchmarks.command import run_command
 from benchmarks.companion_scale import COMPANIONS, CompanionJob, run_companion, show_companions
 from benchmarks.scale import MODELS, ScaleJob, run_scale
 
 from qdexport.core.recipe import load_recipe, preset_names
 from qdexport.core.target import target_named
-from qdexport.errors import INTERRUPTED_EXIT_CODE, ParityError, QdExportError, RecipeError
+from qdexport.errors import ParityError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -267,18 +267,8 @@ _SECTIONS = ("quantized layers", "body; layers' flips, SQNR", "  build", "ONNX n
 
 
 def main() -> None:
-    """Runs the command line; errors meant for the user end with their exit code and one line."""
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    except QdExportError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+    """Runs the command line."""
+    run_command(cli)
 
 
 if __name__ == "__main__":

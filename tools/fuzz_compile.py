@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from benchmarks.command import run_command
 from benchmarks.fuzz import Draw, FuzzError, check_draw, draw
 from benchmarks.fuzz_draws import TRANSFORMERS, UNETS
-
-from qdexport.errors import INTERRUPTED_EXIT_CODE
 
 _EXAMPLES = """\b
 Examples:
@@ -71,10 +70,4 @@ def _check(case: Draw, keep: Path | None, *, build: bool) -> Any:
 
 
 if __name__ == "__main__":
-    try:
-        cli(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.exit(INTERRUPTED_EXIT_CODE)
+    run_command(cli)

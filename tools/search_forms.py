@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
+from benchmarks.command import run_command
 from benchmarks.scale import MODELS
 
 from qdexport.core.gpus import GPUS, gpu_named
 from qdexport.core.recipe import load_recipe
 from qdexport.core.target import target_named
-from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -108,19 +107,8 @@ def _quantized(name: str, recipe: Recipe, seed: int) -> QuantizedModel:
 
 
 def main() -> None:
-    """Runs the command line; errors meant for the user end with their exit code and one line."""
-    code: Any = 0
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    except QdExportError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+    """Runs the command line."""
+    run_command(cli)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-
-from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
+from benchmarks.command import run_command
 
 if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
@@ -133,19 +131,8 @@ def _progress() -> ProgressSink:
 
 
 def main() -> None:
-    """Runs the command line; errors meant for the user end with their exit code and one line."""
-    try:
-        code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Abort:
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    except QdExportError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    # click returns the code of --help and of context.exit here, and a command's result, which is None
-    sys.exit(code if isinstance(code, int) else 0)
+    """Runs the command line."""
+    run_command(cli)
 
 
 if __name__ == "__main__":
