@@ -25,9 +25,9 @@ from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.evaluate import constant_expression, fake_quantize_codes
 from qdexport.graph.narrow_floats import e4m3_round
 from qdexport.graph.query import (
+    code_format,
     const_of,
     dtype_of,
-    form_of,
     graph_of,
     input_of,
     int_attr,
@@ -57,7 +57,7 @@ class FoldAdapters:
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         for node in list(model.graph):
-            if not is_fake_quantize(node) or form_of(node) == "nvfp4":
+            if not is_fake_quantize(node) or code_format(node) == "nvfp4":
                 continue
             weight = constant_expression(model, input_of(node, 0))
             if weight is not None:
@@ -85,7 +85,7 @@ def remove_unused_inputs(node: ir.Node) -> None:
 
 def _storage(node: ir.Node, weight: np.ndarray, context: PassContext, report: PassReport) -> ir.DataType:
     """FP8 by the quantizer's form, INT4 where the plan says so; of 4-bit codes onnx-tensorrt reads an even number."""
-    if form_of(node) == "fp8":
+    if code_format(node) == "fp8":
         return ir.DataType.FLOAT8E4M3FN
     plan = context.plan_of(module_of(node).removesuffix(_QUANTIZER))
     if plan is None or not stores_int4(

@@ -21,10 +21,10 @@ import onnx_ir as ir
 from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.query import (
+    code_format,
     compute_consumers,
     const_of,
     dtype_of,
-    form_of,
     graph_of,
     input_of,
     int_attr,
@@ -73,7 +73,7 @@ class LowerBitwidth:
 def _lower(node: ir.Node) -> None:
     scale, zero_point = const_of(node, 1), const_of(node, 2)
     qmin, qmax = int_attr(node, "qmin"), int_attr(node, "qmax")
-    fp8 = form_of(node) == "fp8"
+    fp8 = code_format(node) == "fp8"
     if fp8:
         qmin, qmax = _INT8_MIN, _INT8_MAX  # nothing to clip
     if scale.size != 1 or zero_point.any() or qmin < _INT8_MIN or qmax > _INT8_MAX:

@@ -25,7 +25,16 @@ from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.evaluate import constant_expression
 from qdexport.graph.narrow_floats import nvfp4_codes
 from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE, TRT_DOMAIN, declare_nvfp4
-from qdexport.graph.query import const_of, dtype_of, form_of, graph_of, input_of, is_fake_quantize, module_of, shape_of
+from qdexport.graph.query import (
+    code_format,
+    const_of,
+    dtype_of,
+    graph_of,
+    input_of,
+    is_fake_quantize,
+    module_of,
+    shape_of,
+)
 
 if TYPE_CHECKING:
     from qdexport.graph.runner import PassContext, PassReport
@@ -44,7 +53,7 @@ class LowerNvfp4:
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         for node in list(model.graph):
-            if not is_fake_quantize(node) or form_of(node) != "nvfp4":
+            if not is_fake_quantize(node) or code_format(node) != "nvfp4":
                 continue
             weight = constant_expression(model, input_of(node, 0))
             writer = NodeWriter(node)

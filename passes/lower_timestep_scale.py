@@ -19,7 +19,7 @@ import numpy as np
 from qdexport.core.carrier import carrier_offset
 from qdexport.errors import GraphPassError
 from qdexport.graph.edit import remove_unused
-from qdexport.graph.query import const_of, form_of, input_of, int_attr, is_fake_quantize, module_of
+from qdexport.graph.query import code_format, const_of, input_of, int_attr, is_fake_quantize, module_of
 from qdexport.passes.step_table import fit_rank, look_up
 from qdexport.passes.unit_scale import UnitScale, rewrite_unit_scale
 
@@ -104,5 +104,5 @@ def _columns(node: ir.Node) -> _Columns:
         )
     # codes of FP8 need no carrier
     bounds = int_attr(node, "qmin"), int_attr(node, "qmax")
-    offset = carrier_offset(*bounds, zero_point) if form_of(node) == "int" else None
+    offset = carrier_offset(*bounds, zero_point) if code_format(node) == "int" else None
     return _Columns(scale=scale, zero_point=zero_point, offset=offset)

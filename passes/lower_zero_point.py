@@ -19,7 +19,7 @@ import onnx_ir as ir
 from qdexport.core.carrier import carrier_offset
 from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, remove_unused
-from qdexport.graph.query import const_of, form_of, int_attr, is_fake_quantize, module_of
+from qdexport.graph.query import code_format, const_of, int_attr, is_fake_quantize, module_of
 from qdexport.passes.unit_scale import UnitScale, rewrite_unit_scale
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class LowerZeroPoint:
 
 
 def _needs_lowering(node: ir.Node) -> bool:
-    if form_of(node) != "int":  # FP8 and NVFP4 have no zero point, and do not travel in INT8
+    if code_format(node) != "int":  # FP8 and NVFP4 have no zero point, and do not travel in INT8
         return False
     bounds = int_attr(node, "qmin"), int_attr(node, "qmax")
     return bool(const_of(node, 2).any()) or bounds[0] < -128 or bounds[1] > 127

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from qdexport.graph.edit import remove_unused, replace_value
-from qdexport.graph.query import const_or_none, form_of, input_of, int_attr, is_fake_quantize, module_of
+from qdexport.graph.query import code_format, const_or_none, input_of, int_attr, is_fake_quantize, module_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,4 +49,4 @@ def _key(node: ir.Node) -> tuple[object, ...]:
         parameters.append(id(value) if array is None else (array.shape, array.tobytes()))
     row = node.inputs[3] if len(node.inputs) > 3 else None
     integers = tuple(int_attr(node, name) for name in ("qmin", "qmax", "axis"))
-    return (id(input_of(node, 0)), *parameters, None if row is None else id(row), integers, form_of(node))
+    return (id(input_of(node, 0)), *parameters, None if row is None else id(row), integers, code_format(node))

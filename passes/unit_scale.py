@@ -24,10 +24,10 @@ from qdexport.errors import GraphPassError
 from qdexport.graph.edit import NodeWriter, replace_value
 from qdexport.graph.query import (
     COMPUTE_OPS,
+    code_format,
     const_of,
     const_or_none,
     dtype_of,
-    form_of,
     graph_of,
     input_of,
     int_attr,
@@ -111,7 +111,7 @@ def _quantize_input(node: ir.Node, parameters: UnitScale, pads: tuple[int, ...])
             qmin, qmax = qmin - parameters.offset, qmax - parameters.offset
     one = writer.constant("unit_scale", np.ones(1, np.float32))
     zero = writer.constant("unit_zero_point", np.zeros(1, np.float32))
-    return writer.fake_quantize(unit, one, zero, qmin, qmax, form_of(node))
+    return writer.fake_quantize(unit, one, zero, qmin, qmax, code_format(node))
 
 
 def _pad(writer: NodeWriter, x: ir.Value, pads: tuple[int, ...]) -> ir.Value:

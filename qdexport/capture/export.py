@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qdexport.capture.dimensions import fixed_dimensions, name_dimensions
 from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
-from qdexport.graph.dialect import DOMAIN, FORM, VERSION, register_schema
+from qdexport.graph.dialect import CODE_FORMAT, DOMAIN, VERSION, register_schema
 from qdexport.graph.edit import replace_value
 from qdexport.models.denoiser_io import call_denoiser, example_inputs
 from qdexport.models.rotary import exportable, out_of_range
@@ -206,7 +206,7 @@ def _translate(  # noqa: PLR0913  the signature of the operator
         inputs.pop()
     attributes: dict[str, Any] = {"qmin": qmin, "qmax": qmax, "axis": axis}
     if form != "int":
-        attributes[FORM] = form
+        attributes[CODE_FORMAT] = form
     return dialect.FakeQuantize(*inputs, **attributes)
 
 

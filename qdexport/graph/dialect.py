@@ -6,9 +6,9 @@ import onnx
 
 __all__ = [
     "CHANNEL_SCALE",
+    "CODE_FORMAT",
     "DOMAIN",
     "FAKE_QUANTIZE",
-    "FORM",
     "FORM_KEY",
     "LAYER_KEY",
     "LOG2_ZERO",
@@ -22,7 +22,7 @@ __all__ = [
 
 DOMAIN = "qdexport"
 FAKE_QUANTIZE = "FakeQuantize"
-FORM = "form"
+CODE_FORMAT = "form"
 VERSION = 1
 NO_AXIS = -1
 
@@ -79,7 +79,7 @@ def register_schema() -> None:
                 schema.Attribute("qmin", onnx.defs.OpSchema.AttrType.INT, "smallest code"),
                 schema.Attribute("qmax", onnx.defs.OpSchema.AttrType.INT, "largest code"),
                 schema.Attribute("axis", onnx.defs.OpSchema.AttrType.INT, "channel axis, or -1"),
-                schema.Attribute(FORM, onnx.defs.OpSchema.AttrType.STRING, "int, fp8 or nvfp4", required=False),
+                schema.Attribute(CODE_FORMAT, onnx.defs.OpSchema.AttrType.STRING, "int, fp8 or nvfp4", required=False),
             ],
         )
     )

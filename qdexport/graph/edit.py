@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
-from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, FORM, LAYER_KEY
+from qdexport.graph.dialect import CODE_FORMAT, DOMAIN, FAKE_QUANTIZE, LAYER_KEY
 from qdexport.graph.query import dtype_of, graph_of, module_of
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class NodeWriter:
         node = ir.node(
             FAKE_QUANTIZE,
             [x, scale, zero_point],
-            {"qmin": qmin, "qmax": qmax, "axis": -1, **({} if form == "int" else {FORM: form})},
+            {"qmin": qmin, "qmax": qmax, "axis": -1, **({} if form == "int" else {CODE_FORMAT: form})},
             domain=DOMAIN,
             name=f"{self.module}/{FAKE_QUANTIZE}",
         )

@@ -9,18 +9,18 @@ import onnx_ir as ir
 
 from qdexport.core.layer_names import layers_of
 from qdexport.errors import GraphPassError
-from qdexport.graph.dialect import DOMAIN, FAKE_QUANTIZE, FORM, LAYER_KEY, SCALED_FOR_KEY, SEQUENCE_FIRST_KEY
+from qdexport.graph.dialect import CODE_FORMAT, DOMAIN, FAKE_QUANTIZE, LAYER_KEY, SCALED_FOR_KEY, SEQUENCE_FIRST_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
     "COMPUTE_OPS",
+    "code_format",
     "compute_consumers",
     "const_of",
     "const_or_none",
     "dtype_of",
-    "form_of",
     "graph_of",
     "input_of",
     "int_attr",
@@ -139,9 +139,9 @@ def is_fake_quantize(node: ir.Node | None) -> bool:
     return node is not None and node.domain == DOMAIN and node.op_type == FAKE_QUANTIZE
 
 
-def form_of(node: ir.Node) -> str:
+def code_format(node: ir.Node) -> str:
     """What the codes of a FakeQuantize are: ``int``, ``fp8`` or ``nvfp4``."""
-    attribute = node.attributes.get(FORM)
+    attribute = node.attributes.get(CODE_FORMAT)
     return "int" if attribute is None else attribute.as_string()
 
 
