@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import yaml
 from benchmarks.command import run_command
 from benchmarks.companion_scale import COMPANIONS, CompanionJob, run_companion, show_companions
 from benchmarks.scale import MODELS, ScaleJob, run_scale
 
 from qdexport.core.recipe import load_recipe, preset_names
 from qdexport.core.target import target_named
-from qdexport.errors import ParityError, RecipeError
+from qdexport.errors import ParityError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -98,10 +97,11 @@ def cli(  # noqa: PLR0913  one argument per option
     several models or recipes the JSON object holds a list under "models". The tool fails when a layer is not of the
     type that was planned.
     """
+    from qdexport.cli.options import overrides_of
     from qdexport.cli.progress import Progress
 
     names = [name for given in recipes for name in (preset_names() if given == "all" else [given])]
-    overrides = _overrides(assignments) | ({"allow_re_rounding": True} if allow_re_rounding else {})
+    overrides = overrides_of(assignments, None, allow_re_rounding=allow_re_rounding)
     chosen = [load_recipe(name, overrides) for name in dict.fromkeys(names)]
     progress = Progress(quiet=as_json)
     unets = [model for model in dict.fromkeys(models) if model in MODELS]
@@ -169,16 +169,6 @@ def _work_folder(out: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="qdexport-bench-") as folder:
         yield Path(folder)
-
-
-def _overrides(assignments: Sequence[str]) -> dict[str, Any]:
-    values = {}
-    for assignment in assignments:
-        key, separator, text = assignment.partition("=")
-        if not separator:
-            raise RecipeError(f"--set {assignment!r} is not KEY=VALUE")
-        values[key] = yaml.safe_load(text)
-    return values
 
 
 def _show(results: Sequence[dict[str, Any]]) -> None:

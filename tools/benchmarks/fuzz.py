@@ -10,16 +10,13 @@ import onnx_ir as ir
 
 from benchmarks.fuzz_draws import STEPS, Draw, draw
 from benchmarks.synthetic import synthetic_plans, synthetic_ranges, usual_timesteps
-from qdexport.build.audit import audit
 from qdexport.build.engine import BuildOptions, build_engine
 from qdexport.check.calls import check_calls
 from qdexport.check.measure import sqnr_db
 from qdexport.check.parity import layer_parity
 from qdexport.check.verdict import layer_problems
 from qdexport.core.recipe import Recipe
-from qdexport.core.spec import layer_precision
 from qdexport.core.target import TARGETS, target_named
-from qdexport.emit.coverage import onnx_coverage
 from qdexport.errors import GraphPassError, QdExportError
 from qdexport.graph.evaluate import evaluate
 from qdexport.models.load import loaded_from_denoiser
@@ -168,8 +165,7 @@ def _execute_passes(model: QuantizedModel, captured: onnx.ModelProto, folder: Pa
 
 def _check_file(model: QuantizedModel, lowered: Lowered, target: Target, checked: Checked) -> None:
     """Types as planned, and every layer of the file against PyTorch on equal inputs."""
-    planned, found = _types(model, lowered, target)
-    problems = audit(planned, found, None)
+    problems = coverage_of(model, lowered.file.path, None, int4=stores_int4_weights(model, target)).mismatches
     calls = check_calls(model, lowered.facts.io, 3, 0)
     layers = layer_parity(model, lowered.file.path, lowered.facts.io, calls)
     problems += layer_problems(layers, model.body)
@@ -189,9 +185,3 @@ def _check_engine(model: QuantizedModel, lowered: Lowered, folder: Path, checked
     if problems:
         raise FuzzError(f"engine: {'; '.join(problems)}")
     checked.kernels = facts.kernels
-
-
-def _types(model: QuantizedModel, lowered: Lowered, target: Target) -> tuple[dict[str, str], dict[str, str]]:
-    int4 = stores_int4_weights(model, target)
-    planned = {part: layer_precision(plan, model.body, int4_linear=int4) for plan in model.plans for part in plan.parts}
-    return planned, onnx_coverage(lowered.file.path, model.plans)
