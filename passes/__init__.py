@@ -20,6 +20,7 @@ from qdexport.passes.plain_attention import PlainAttention
 from qdexport.passes.precompute_bos import PrecomputeBos
 from qdexport.passes.sequence_first import SequenceFirst
 from qdexport.passes.share_quantizers import ShareQuantizers
+from qdexport.passes.sink_cast import SinkCast
 from qdexport.passes.split_shortcut import SplitShortcut
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     LowerNvfp4,
     LowerZeroPoint,
     LowerTimestepScale,
+    SinkCast,
     LowerBitwidth,
     LegalizeTypes,
 )

@@ -107,6 +107,7 @@ def test_all_passes_together(graphs, noise, body):
         "lower-nvfp4": False,
         "lower-zero-point": True,
         "lower-timestep-scale": True,
+        "sink-cast": body == "float16",
         "lower-bitwidth": True,
         "legalize-types": False,
     }

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from benchmarks.fuzz_draws import STEPS, Draw, draw
+from benchmarks.fuzz_draws import STEPS, Draw, draw, without_blocks
 from benchmarks.synthetic import synthetic_plans, synthetic_ranges, usual_timesteps
 from qdexport.build.engine import BuildOptions, build_engine
 from qdexport.check.calls import check_calls
 from qdexport.check.measure import sqnr_db
 from qdexport.check.parity import layer_parity
 from qdexport.check.verdict import layer_problems
+from qdexport.core.formats import check_formats
 from qdexport.core.recipe import Recipe
 from qdexport.core.target import TARGETS, target_named
-from qdexport.errors import GraphPassError, QdExportError
+from qdexport.errors import GraphPassError, QdExportError, RecipeError
 from qdexport.graph.evaluate import evaluate
 from qdexport.models.load import loaded_from_denoiser
 from qdexport.models.synthetic import random_unet
@@ -85,9 +87,13 @@ def check_draw(case: Draw, folder: Path, *, build: bool) -> Checked:
         exact = _quantized(replace(case, recipe={**case.recipe, "body": "fp32"}))
         captured = _captured(exact)
         _execute_passes(exact, captured, folder / "executed", checked)
-        model = exact if case.recipe["body"] == "fp32" else _quantized(case)
-        captured = captured if model is exact else _captured(model)
+        drawn = exact if case.recipe["body"] == "fp32" else _quantized(case)
+        drawn_graph = captured if drawn is exact else _captured(drawn)
         for target in TARGETS.values():
+            model, captured = drawn, drawn_graph
+            if _refuses(target, drawn):
+                model = _quantized(replace(case, recipe=without_blocks(case.recipe)))
+                captured = _captured(model)
             network = capture_network(model, target, captured=ir.from_proto(captured))
             lowered = lower_network(network, model, folder / target.name, default_passes())
             _check_file(model, lowered, target, checked)
@@ -96,6 +102,18 @@ def check_draw(case: Draw, folder: Path, *, build: bool) -> Checked:
     except QdExportError as error:
         raise FuzzError(f"{type(error).__name__}: {error}") from error
     return checked
+
+
+def _refuses(target: Target, model: QuantizedModel) -> bool:
+    """Whether the table of formats has a layer of the draw that the target cannot take; the compiler must say so."""
+    try:
+        check_formats(model.plans, target)
+    except RecipeError:
+        with contextlib.suppress(RecipeError):
+            capture_network(model, target)
+            raise FuzzError(f"{target.name}: a format that the table refuses was compiled") from None
+        return True
+    return False
 
 
 def _quantized(case: Draw) -> QuantizedModel:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["STEPS", "TRANSFORMERS", "UNETS", "Draw", "draw"]
+__all__ = ["STEPS", "TRANSFORMERS", "UNETS", "Draw", "draw", "without_blocks"]
 
 STEPS = 4
 UNETS = ("tiny_sd", "tiny_sd21", "tiny_sdxl", "tiny_unet2d", "tiny_lcm", "tiny_class")
@@ -195,6 +195,18 @@ def _format_rule(source: random.Random, *, unet: bool) -> dict[str, Any]:
     if kinds == ["linear"] and source.random() < 0.6:
         return {**rule, "weight": {"bits": 4, "granularity": "per_block", "block_size": source.choice([16, 32, 64])}}
     return {**rule, "weight": {"bits": source.choice([8, 4]), "granularity": granularity}}
+
+
+def without_blocks(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with a scale per channel instead of one per block, for a target without blocks."""
+    rules = []
+    for rule in recipe["rules"]:
+        weight = dict(rule.get("weight") or {})
+        if weight.get("granularity") == "per_block":
+            del weight["block_size"]
+            rule = {**rule, "weight": {**weight, "granularity": "per_channel"}}  # noqa: PLW2901  a changed copy
+        rules.append(rule)
+    return {**recipe, "rules": rules}
 
 
 def _shapes(source: random.Random, model: str) -> dict[str, Any]:
