@@ -1,4 +1,4 @@
-"""The sum of a convolution and a row per channel is rounded to FP16 once; images, and other casts, stay."""
+"""What is added to a convolution is added before it is rounded to FP16; images in FP16, and other casts, stay."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ CONV = """
 """
 
 
-def network(graphs, noise, addition, *, body=CONV, second="float16[2, 3, 1, 1] row"):
+def network(graphs, noise, addition, *, second="float16[2, 3, 1, 1] row", extra=None):
     constants = {
         "w": noise.standard_normal((3, 2, 3, 3)).astype(np.float32),
         "s": np.float32([0.37]).reshape(1, 1, 1, 1),
         "b": noise.standard_normal((3, 1, 1)).astype(np.float32),
+        **(extra or {}),
     }
-    return graphs.model_of(f"float[2, 2, 6, 6] x, {second}", "float16[2, 3, 6, 6] y", body + addition, constants)
+    return graphs.model_of(f"float[2, 2, 6, 6] x, {second}", "float16[2, 3, 6, 6] y", CONV + addition, constants)
 
 
 def feeds(noise, spatial=1):
@@ -49,6 +50,27 @@ def test_the_layer_still_ends_in_front_of_the_row(graphs, noise):
     """Parity compares what stands under the layer's name."""
     ran = graphs.run(network(graphs, noise, '["block/Add"] y = Add(h, row)'), SinkCast(), feeds(noise))
     assert [node.name.rpartition("/")[0] for node in ran.model.graph] == ["conv"] * 3 + ["block"] * 3
+
+
+SHORTCUT = """
+    ["shortcut/Conv"] c2 = Conv<pads = [1, 1, 1, 1]>(x, v)
+    ["shortcut/Mul"] m2 = Mul(c2, s)
+    ["shortcut/Cast"] h2 = Cast<to = 10>(m2)
+"""
+
+
+@pytest.mark.parametrize("operands", ["h, h2", "h2, h"])
+def test_two_convolutions_and_a_row_are_rounded_once(graphs, noise, operands):
+    """A residual block whose shortcut is convolved: both casts become one, below the last addition."""
+    inputs = feeds(noise)
+    addition = f'{SHORTCUT}["block/Add"] sum = Add({operands})\n["block/Add_1"] y = Add(sum, row)'
+    model = network(graphs, noise, addition, extra={"v": noise.standard_normal((3, 2, 3, 3)).astype(np.float32)})
+    ran = graphs.run(model, SinkCast(), inputs)
+    assert ran.ops.count("Cast") == 2  # the row's, and the last
+    first, second = ran.before_at("conv/Add", inputs), ran.before_at("shortcut/Mul", inputs)
+    expected = (first + second + inputs["row"].astype(np.float32)).astype(np.float16)
+    np.testing.assert_array_equal(ran.after[0]["y"], expected)
+    assert (ran.before[0]["y"] != expected).any()
 
 
 def test_an_image_is_added_in_fp16(graphs, noise):
