@@ -211,6 +211,8 @@ class _Comparison:
         if isinstance(probe, LayerProbe) and sequence_first(probe.node):
             array, output = (np.ascontiguousarray(item.swapaxes(0, 1)) for item in (array, output))
             codes = None if codes is None else np.ascontiguousarray(codes.swapaxes(0, 1))
+        if probe.y_name in self._chunk.expected:
+            self.finish()  # a network may call a layer twice (DiT its first block's embedding), a graph has it once
         chunk = self._chunk
         chunk.names.append(name)
         chunk.feed[probe.x_name] = array if dtype is None else array.astype(dtype.numpy(), copy=False)

@@ -178,6 +178,8 @@ def _recipe(source: random.Random, model: str, changes: dict[str, Any], seed: in
         recipe["bos"] = "constant"
     if source.random() < 0.4:
         recipe["rules"].append(_format_rule(source, unet=unet))
+        if "activation" not in recipe["rules"][-1]:
+            recipe.pop("channel_scale", None)  # it may be left without a layer whose input is quantized
     return recipe
 
 
