@@ -1,4 +1,4 @@
-"""Makes one product of linear layers that read one quantized tensor: queries, keys and values; those of the text.
+"""Makes one product of linear layers that read one tensor: queries, keys and values; those of the text.
 
 Before: ``q(x) -> MatMul(Wq)``, ``q(x) -> MatMul(Wk)``, ``q(x) -> MatMul(Wv)``
 After:  ``q(x) -> MatMul([Wq Wk Wv]) -> Split``
@@ -8,6 +8,9 @@ TensorRT-RTX merges such products itself only where constants allow it: never wi
 each product; and with a scale per channel, or a row of a step table, it writes a kernel behind each of the layers.
 Behind one product there is one for all. The scales per channel must then stand behind the product (pass lower-bitwidth
 does that): in front of it, the builder moves the Split through them and multiplies floats.
+
+Layers whose weight alone is quantized are merged where their INT8 weights have scales per block: the builder merges
+those of one input itself, and widens their codes at build time, so that the engine holds them in the body's type.
 
 Layers keep their names: the product is called ``a.to_q+a.to_k+a.to_v``, and its Split has one output for each.
 """
@@ -56,12 +59,13 @@ class _Linear:
     """One linear layer: its product, what stands behind the product as its bias, and its weight.
 
     Attributes:
-        product: a MatMul behind a quantizer.
+        product: a MatMul.
         last: the Add of its bias, or the product itself.
         bias: FP ``[N]``, or None.
         codes: INT8 or INT4 ``[K, N]``.
-        scale: FP32 ``[N]``, or one number.
+        scale: FP32 ``[N]``, or one number; of blocks ``[K / block, N]``, in the type of the product.
         dtype: the type of the codes.
+        block: input features that share a scale; 0: all.
     """
 
     product: ir.Node
@@ -70,6 +74,7 @@ class _Linear:
     codes: np.ndarray
     scale: np.ndarray
     dtype: ir.DataType
+    block: int = 0
 
     @property
     def width(self) -> int:
@@ -93,9 +98,9 @@ class MergeProjections:
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
         if not context.target.merge_projections:
             return
-        for quantizer in [node for node in model.graph if is_fake_quantize(node)]:
+        for x in _shared(model, context):
             groups: dict[tuple[object, ...], list[_Linear]] = defaultdict(list)
-            for use in quantizer.outputs[0].uses():
+            for use in x.uses():
                 linear, reason = _linear(use.node, context)
                 if linear is not None:
                     groups[_key(linear)].append(linear)
@@ -109,9 +114,20 @@ class MergeProjections:
             remove_unused(model)
 
 
+def _shared(model: ir.Model, context: PassContext) -> list[ir.Value]:
+    """What quantizers write, and what layers of narrow weights alone read."""
+    values: dict[ir.Value, None] = {}
+    for node in model.graph:
+        if is_fake_quantize(node):
+            values[node.outputs[0]] = None
+        elif node.op_type == "MatMul" and (plan := context.plan_of(module_of(node))) and plan.weight_only:
+            values[input_of(node, 0)] = None
+    return list(values)
+
+
 def _key(linear: _Linear) -> tuple[object, ...]:
     """Layers of one storage and type, so that no code and no rounding changes; their blocks may differ (the text's)."""
-    return linear.dtype, dtype_of(linear.last.outputs[0]), sequence_first(linear.product)
+    return linear.dtype, linear.block, dtype_of(linear.last.outputs[0]), sequence_first(linear.product)
 
 
 def _nameable(group: Sequence[_Linear]) -> list[list[_Linear]]:
@@ -139,11 +155,13 @@ def _linear(node: ir.Node, context: PassContext) -> tuple[_Linear | None, str]:
     codes, dtype = const_or_none(input_of(weight, 0)), input_of(weight, 0).dtype
     if codes is None or dtype is None or codes.ndim != 2 or _is_transposed(node, weight):
         return None, "its weight is not a matrix of codes, input features first"
-    scale = const_of(weight, 1).reshape(-1)
-    if scale.size > 1 and int_attr(weight, "axis", 1) % 2 != 1:
+    block, scale = int_attr(weight, "block_size", 0), const_of(weight, 1)
+    if plan.weight_only and (not block or dtype == ir.DataType.INT4):
+        return None, "its weight alone is quantized, and the builder keeps it narrow as it is"
+    if not block and scale.size > 1 and int_attr(weight, "axis", 1) % 2 != 1:
         return None, "its scales do not lie along the output features"
     bias, last = _bias(node)
-    return _Linear(node, last, bias, codes, scale, dtype), ""
+    return _Linear(node, last, bias, codes, scale if block else scale.reshape(-1), dtype, block), ""
 
 
 def _is_transposed(node: ir.Node, weight: ir.Node) -> bool:
@@ -192,16 +210,25 @@ def _merge(group: Sequence[_Linear]) -> None:
 
 
 def _weight(writer: NodeWriter, group: Sequence[_Linear], body: ir.DataType) -> ir.Value:
-    """The codes side by side; one scale when all layers have the same one, else one per output feature."""
-    codes = np.concatenate([item.codes for item in group], axis=1)
-    scale = np.concatenate([np.broadcast_to(item.scale, (item.width,)) for item in group]).astype(np.float32)
-    if all(item.scale.size == 1 for item in group) and (scale == scale[0]).all():
-        scale = scale[0]
+    """The codes side by side; one scale when all layers have the same one, else one per output feature, or block."""
+    codes, block = np.concatenate([item.codes for item in group], axis=1), group[0].block
+    scale, attributes = (_block_scales(group), {"axis": 0, "block_size": block}) if block else _scales(group)
     operands = [
         writer.constant("codes", codes),
         writer.constant("scale", scale),
         writer.constant("zero", np.zeros(scale.shape, codes.dtype)),
     ]
-    attributes = {"axis": 1} if scale.ndim else {}
-    restored = writer.op("DequantizeLinear", operands, attributes, dtype=ir.DataType.FLOAT, shape=codes.shape)
+    dtype = ir.DataType.from_numpy(scale.dtype)
+    restored = writer.op("DequantizeLinear", operands, attributes, dtype=dtype, shape=codes.shape)
     return writer.cast(restored, body)
+
+
+def _block_scales(group: Sequence[_Linear]) -> np.ndarray:
+    return np.concatenate([item.scale for item in group], axis=1)
+
+
+def _scales(group: Sequence[_Linear]) -> tuple[np.ndarray, dict[str, int]]:
+    scale = np.concatenate([np.broadcast_to(item.scale, (item.width,)) for item in group]).astype(np.float32)
+    if all(item.scale.size == 1 for item in group) and (scale == scale[0]).all():
+        return scale[0], {}
+    return scale, {"axis": 1}

@@ -38,9 +38,17 @@ def engine_weight_types(plan: Plan, weights: Mapping[str, int]) -> dict[str, str
         names = (f"{layer}.weight_quantizer/DequantizeLinear", *(f"{layer}/{op}" for op in _NODES))
         kernels = [kernel for name in names for kernel in by_node.get(name, ())]
         tensors = [tensor for kernel in kernels for tensor in _constants(kernel, makers)]
-        types = {tensor.dtype for tensor in tensors if prod(tensor.dims) >= size}
-        found[layer] = "+".join(sorted(types)) or "missing"
+        found[layer] = "+".join(sorted(_types(tensors, size))) or "missing"
     return found
+
+
+def _types(constants: list[PlanTensor], size: int) -> set[str]:
+    """Types of the constants of a weight's size; of larger ones where there is none, since builders merge weights.
+
+    A kernel may read larger tables besides (class embeddings).
+    """
+    same = {tensor.dtype for tensor in constants if prod(tensor.dims) == size}
+    return same or {tensor.dtype for tensor in constants if prod(tensor.dims) > size}
 
 
 def _makers(plan: Plan) -> dict[str, KernelFact]:

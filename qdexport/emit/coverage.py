@@ -58,7 +58,7 @@ def onnx_weight_types(path: Path, names: Iterable[str]) -> dict[str, str]:
     node, ``float`` where the weight is no constant behind a DequantizeLinear.
     """
     model = ir.load(path)
-    nodes = {node.name: node for node in model.graph if node.op_type in COMPUTE_OPS}
+    nodes = {name: node for node in model.graph if node.op_type in COMPUTE_OPS for name in node_names(node.name or "")}
     found = {}
     for name in names:
         node = next((nodes[key] for op in COMPUTE_OPS if (key := f"{name}/{op}") in nodes), None)

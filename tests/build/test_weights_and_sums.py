@@ -31,6 +31,10 @@ def kernel(kind, nodes, inputs, outputs=("fp16[2,8] y",), name="k"):
             "int8",
         ),
         ([kernel("gemm", ["l/MatMul"], ["fp16[2,64] x", "const fp16[64,8] folded"])], "fp16"),
+        (  # a larger table in the same kernel is no weight of this layer
+            [kernel("kgen", ["l/Gemm"], ["const fp32[1001,48] classes", "const int8[64,8] w", "const fp32[4,8] s"])],
+            "int8",
+        ),
         ([kernel("gemm", ["other/MatMul"], ["fp16[2,64] x", "const int4[64,8] w"])], "missing"),
     ],
 )

@@ -149,6 +149,53 @@ def test_names_stay_within_what_tensorrt_takes(graphs, noise, monkeypatch):
     ran.assert_equal()
 
 
+def weight_only(graphs, noise, *, narrow=(), scales="per_block"):
+    """Three layers that read one tensor, whose weights alone are quantized, in blocks of two input features."""
+    lines, constants = ['["norm/Mul"] x = Mul(u, two)'], {"two": np.float32(2)}
+    blocks = scales == "per_block"
+    for name, width in WIDTHS.items():
+        module, rows = LAYERS[name], (K // 2, width) if blocks else (width,)
+        given = "<axis: int = 0, block_size: int = 2>" if blocks else "<axis: int = 1>"
+        lines += [
+            f'["{module}.weight/DequantizeLinear"] d{name} = DequantizeLinear{given}(c{name}, w{name}, z{name})',
+            f'["{module}/MatMul"] p{name} = MatMul(x, d{name})',
+            f'["out/Abs_{name}"] y{name} = Abs(p{name})',
+        ]
+        constants |= {
+            f"c{name}": noise.integers(-7, 8, (K, width)).astype(np.int8),
+            f"w{name}": (0.5 ** noise.integers(1, 4, rows)).astype(np.float32),
+            f"z{name}": np.zeros(rows, np.int8),
+        }
+    outputs = ", ".join(f"float[{B}, {L}, {width}] y{name}" for name, width in WIDTHS.items())
+    model = graphs.model_of(f"float[{B}, {L}, {K}] u", outputs, "\n".join(lines), constants)
+    for name in narrow:
+        store_as_int4(model, f"c{name}", f"z{name}")
+    spec = QuantSpec(bits=8, granularity=scales, block_size=16 if blocks else None)  # blocks of 2 are in the graph alone
+    plans = [LayerPlan(name=name, kind="linear", weight=spec, activation=None) for name in LAYERS.values()]
+    return model, replace(graphs.context_of(), layers=tuple(plans))
+
+
+def test_weights_in_blocks_are_merged_without_a_quantizer(graphs, noise):
+    """The builder would merge them itself, and store their INT8 codes as floating-point numbers."""
+    model, context = weight_only(graphs, noise)
+    ran = graphs.run(model, MergeProjections(), {"u": np.float32(noise.integers(-8, 9, (B, L, K)))}, context)
+    (product,) = ran.nodes("MatMul")
+    restored = product.inputs[1].producer()
+    assert restored.attributes["block_size"].as_int() == 2
+    assert restored.inputs[0].const_value.numpy().dtype == np.int8
+    assert restored.inputs[1].shape == (K // 2, sum(WIDTHS.values()))
+    assert product.name == f"{MERGED}/MatMul"
+    ran.assert_equal()
+
+
+@pytest.mark.parametrize(("narrow", "scales"), [("qkv", "per_block"), ("", "per_channel")])
+def test_other_weights_alone_stay(graphs, noise, narrow, scales):
+    model, context = weight_only(graphs, noise, narrow=narrow, scales=scales)
+    ran = graphs.run(model, MergeProjections(), {"u": np.float32(noise.integers(-8, 9, (B, L, K)))}, context)
+    assert ran.report.touched == []
+    assert "keeps it narrow" in ran.report.skipped[0].reason
+
+
 def test_what_passes_noted_about_the_layers_stays(graphs, noise):
     model = network(graphs, noise)
     for node in model.graph:

@@ -186,7 +186,9 @@ def _recipe(source: random.Random, model: str, changes: dict[str, Any], seed: in
 def _format_rule(source: random.Random, *, unet: bool) -> dict[str, Any]:
     """FP8, or weights alone (in blocks where they may be), for some layers; NVFP4 is not for every target."""
     kinds = source.choice([["linear"], ["conv"], ["conv", "linear"]]) if unet else ["linear"]
-    rule: dict[str, Any] = {"match": source.choice(["*", "*.attentions.*"]) if unet else "*", "kinds": kinds}
+    match = source.choice(["*", "*.attentions.*"]) if unet else "*"
+    # attentions may have no convolution
+    rule: dict[str, Any] = {"match": match if "linear" in kinds else "*", "kinds": kinds}
     granularity = source.choice(["per_channel", "per_channel", "per_tensor"])
     if source.random() < 0.5:
         return {
