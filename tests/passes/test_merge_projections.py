@@ -170,7 +170,8 @@ def weight_only(graphs, noise, *, narrow=(), scales="per_block"):
     model = graphs.model_of(f"float[{B}, {L}, {K}] u", outputs, "\n".join(lines), constants)
     for name in narrow:
         store_as_int4(model, f"c{name}", f"z{name}")
-    spec = QuantSpec(bits=8, granularity=scales, block_size=16 if blocks else None)  # blocks of 2 are in the graph alone
+    # any size the recipe takes: the pass reads the graph
+    spec = QuantSpec(bits=8, granularity=scales, block_size=16 if blocks else None)
     plans = [LayerPlan(name=name, kind="linear", weight=spec, activation=None) for name in LAYERS.values()]
     return model, replace(graphs.context_of(), layers=tuple(plans))
 
