@@ -1,4 +1,4 @@
-"""Side by side with NVIDIA ModelOpt: one UNet, quantized to INT8, exported and built by both in one run.
+"""Side by side with NVIDIA ModelOpt: one UNet, quantized to one format, exported and built by both in one run.
 
 ModelOpt lives in an environment of its own, .venv-peers, made on the first run (1.6 GB).
 """
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import click
 from benchmarks.children import ChildError, run_module
 from benchmarks.command import run_command
 from benchmarks.costs import machine
-from benchmarks.peers import ROUTES, finished, rows_of
+from benchmarks.peers import FORMATS, MODELS, Route, failed, finished, routes, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,45 +46,75 @@ _PACKAGES = (
 )
 _EXAMPLES = """\b
 Examples:
-  python tools/bench_peers.py
+  python tools/bench_peers.py                                    INT8 on 50 M parameters
+  python tools/bench_peers.py --format fp8 --format w4a8 --format int4
+  python tools/bench_peers.py --model sdxl --format int8         24 GB of memory, 40 GB of disk, an hour
   python tools/bench_peers.py --out out/peers --markdown > table.md
   python tools/bench_peers.py --threads 2 --json
 """
 
 
 @click.command(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--model", type=click.Choice(MODELS), default="unet50m", show_default=True, help="What to quantize.")
+@click.option("--format", "forms", type=click.Choice(FORMATS), multiple=True, default=("int8",), show_default=True,
+              help="To what; a table for each.")
 @click.option("--capability", default="8.9", show_default=True, help="Compute capability of the engines.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(1), help="Threads of PyTorch.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Keep graphs, engines and logs.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; nothing else.")
-def cli(capability: str, threads: int, out: Path | None, markdown: bool, as_json: bool) -> None:
+def cli(  # noqa: PLR0913  one argument per option
+    model: str, forms: tuple[str, ...], capability: str, threads: int, out: Path | None, markdown: bool, as_json: bool
+) -> None:
     """Compare qdexport with ModelOpt 0.47: time, memory, file size, nodes, ONNX Runtime, TensorRT-RTX, kernels
-    and INT8 layers.
+    and narrow layers.
 
-    Both quantize the same 50.3 million parameter UNet (FP32, seed 0) after the same three calibration calls.
-    Each column is a process of its own.
+    Both quantize the same UNet (FP32, seed 0) after the same three calibration calls: one of 50.3 million parameters,
+    or SDXL's of 2.6 billion. Each column is a process of its own; one that fails says what it last said.
     """
     from qdexport.cli.progress import Progress
 
     progress = Progress(quiet=as_json)
-    columns = []
+    tables = {}
     with _work_folder(out) as folder:
         python = _modelopt_python(progress)
         state = machine()
-        for route in ROUTES:
-            where = folder / route.name.replace(" ", "-")
-            with progress.stage(f"{route.name}: quantize and export"):
-                spec = {**route.spec, "threads": threads, "folder": str(where / "onnx")}
-                answered = run_module(route.module, spec, where, python if route.foreign else None)
-            with progress.stage(f"{route.name}: load and build"):
-                columns.append(finished(route, answered, where, capability))
+        for form in forms:
+            how = _Run(folder / f"{model}-{form}", python, capability, threads)
+            tables[form] = [_column(route, how, progress) for route in routes(model, form)]
     if as_json:
+        columns = [column for table in tables.values() for column in table]
         click.echo(json.dumps({"machine": state, "threads": threads, "columns": columns}, indent=2))
-    elif markdown:
-        click.echo(_markdown(columns))
-    else:
-        _show(columns, state)
+        return
+    for form, columns in tables.items():
+        if markdown:
+            click.echo(_markdown(columns))
+        else:
+            _show(f"{model}, {form}", columns, state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Where and how the columns of a table are made."""
+
+    folder: Path
+    python: Path
+    capability: str
+    threads: int
+
+
+def _column(route: Route, how: _Run, progress: ProgressSink) -> dict[str, Any]:
+    where = how.folder / route.name.replace(" ", "-")
+    spec = {**route.spec, "threads": how.threads, "folder": str(where / "onnx")}
+    try:
+        with progress.stage(f"{route.name}: quantize and export"):
+            answered = run_module(route.module, spec, where, how.python if route.foreign else None)
+    except ChildError as error:
+        if not route.foreign:
+            raise
+        return failed(route, error)  # that of a peer is a result
+    with progress.stage(f"{route.name}: load and build"):
+        return finished(route, answered, where, how.capability)
 
 
 @contextlib.contextmanager
@@ -125,14 +156,15 @@ def _markdown(columns: Sequence[dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(column["name"] for column in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     lines += ["| " + " | ".join([label, *cells]) + " |" for label, cells in rows]
+    lines += ["", *(f"- {name}: {reason}" for name, reason in _reasons(columns))]
     return "\n".join(lines)
 
 
-def _show(columns: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
+def _show(title: str, columns: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="50.3 M UNet, INT8")
+    table = Table(title=title)
     table.add_column()
     for column in columns:
         table.add_column(column["name"], justify="right", overflow="fold")
@@ -142,9 +174,14 @@ def _show(columns: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
     console.print(table)
     facts = f"{state['processor']}, {state['cores']} cores; load at the start: {state['load_1_min']:.1f}"
     console.print(facts, highlight=False)
-    for column in columns:
-        if column["rtx"] is not None or column["ort"] is not None:
-            console.print(f"{column['name']}: {column['ort'] or column['rtx']}", highlight=False, markup=False)
+    for name, reason in _reasons(columns):
+        console.print(f"{name}: {reason}", highlight=False, markup=False)
+
+
+def _reasons(columns: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What a column could not do, in the words of what refused it."""
+    keys = ("failed", "ort", "rtx")
+    return [(column["name"], column[key]) for column in columns for key in keys if column.get(key)]
 
 
 def main() -> None:

@@ -30,9 +30,9 @@ _STEPS = 25  # rows of the time table
 
 
 def main(spec_path: str) -> None:
-    """Quantizes the comparison's UNet to INT8 and exports it.
+    """Quantizes one of the comparison's UNets and exports it.
 
-    The specification holds ``body`` (fp32 or fp16), ``threads`` and ``folder``.
+    The specification holds ``model``, ``recipe``, ``body`` (fp32 or fp16), ``threads`` and ``folder``.
     """
     spec: dict[str, Any] = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     costs: dict[str, Cost] = {}
@@ -49,14 +49,14 @@ def main(spec_path: str) -> None:
     from qdexport.quant.plan import plan_layers
 
     torch.set_num_threads(spec["threads"])
-    recipe, target = load_recipe("w8a8", {"body": spec["body"]}), target_named("tensorrt-rtx")
+    recipe, target = load_recipe(spec["recipe"], {"body": spec["body"]}), target_named("tensorrt-rtx")
     base = resident_mb()
     with measured(costs, "load"):
-        loaded = loaded_from_denoiser(peer_model.unet(), name="unet50m")
+        loaded = loaded_from_denoiser(peer_model.unet(spec["model"]), name=spec["model"])
     weight_bytes = sum(item.numel() * item.element_size() for item in loaded.denoiser.parameters())
     with measured(costs, "quantize"):
         plans = plan_layers(loaded.denoiser, recipe)
-        model = quantize_model(loaded, plans, recipe, _observed(loaded.denoiser, plans))
+        model = quantize_model(loaded, plans, recipe, _observed(loaded.denoiser, plans, spec["model"]))
     with measured(costs, "export"):
         lowered = lower_to_onnx(model, Path(spec["folder"]), target)
     answer(
@@ -65,15 +65,16 @@ def main(spec_path: str) -> None:
             "costs": {name: asdict(cost) for name, cost in costs.items()},
             "base_mb": base,
             "weight_bytes": weight_bytes,
-            "layers_quantized": [plan.name for plan in plans if plan.quantized],
-            "layers_excluded": [plan.name for plan in plans if not plan.quantized],
+            "layers_quantized": [plan.name for plan in plans if plan.quantizes_weight],
+            "layers_excluded": [plan.name for plan in plans if not plan.quantizes_weight],
+            "weights": {plan.name: loaded.denoiser.get_parameter(f"{plan.name}.weight").numel() for plan in plans},
             "io": lowered.facts.io.model_dump(mode="json"),
             "versions": {},
         },
     )
 
 
-def _observed(denoiser: nn.Module, plans: Sequence[LayerPlan]) -> ActivationRanges:
+def _observed(denoiser: nn.Module, plans: Sequence[LayerPlan], name: str) -> ActivationRanges:
     """Static ranges from the calibration calls of the comparison."""
     import torch
 
@@ -91,7 +92,7 @@ def _observed(denoiser: nn.Module, plans: Sequence[LayerPlan]) -> ActivationRang
     ]
     with torch.inference_mode():
         for step in peer_model.TIMESTEPS:
-            denoiser(**peer_model.inputs(torch.float32), timestep=torch.tensor([step]), return_dict=False)
+            denoiser(**peer_model.inputs(name, torch.float32), timestep=torch.tensor([step]), return_dict=False)
     for handle in handles:
         handle.remove()
     ends = {key: observers[key].ranges(spec) for key, spec in specs.items()}
