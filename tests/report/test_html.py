@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qdexport.core.results import KernelFact, Plan, Report
+from qdexport.core.results import KernelFact, Plan, ProfileFacts, Report
 from qdexport.report.html import ReportInputs, write_html
 
 if TYPE_CHECKING:
@@ -86,6 +86,27 @@ def test_page_shows_the_facts(tmp_path: Path, inputs: ReportInputs) -> None:
     assert "build with full TensorRT (--target tensorrt)" in text
     assert "NaN" not in text
     assert "None" not in text
+
+
+def test_profiles_have_a_table_of_their_shapes(tmp_path: Path, inputs: ReportInputs) -> None:
+    assert inputs.report.engine is not None
+    profiles = [
+        ProfileFacts(
+            name=name,
+            shapes={"sample": [[1, 4, 8, 8], best, [2, 4, 16, 16]], "text": [[1, 7, 16], [2, 7, 16], [2, 7, 16]]},
+            kernels=kernels,
+            int8_compute=31,
+            fp_compute=0,
+            attention_kernels=3,
+        )
+        for name, best, kernels in (("small", [1, 4, 8, 8], 211), (ATTACK, [2, 4, 16, 16], 212))
+    ]
+    engine = inputs.report.engine.model_copy(update={"profiles": profiles})
+    report = inputs.report.model_copy(update={"engine": engine})
+    page = page_of(tmp_path / "report.html", dataclasses.replace(inputs, report=report))
+    assert not page.unbalanced
+    assert page.texts.count("2x4x16x16") == 3
+    assert {"small", "211", "212", ATTACK} <= set(page.texts)
 
 
 def test_page_is_self_contained(tmp_path: Path, inputs: ReportInputs) -> None:
