@@ -70,10 +70,6 @@ class ExpandGroupNorm:
             if choice.form == "operator":
                 continue
             image = _image(node) if choice.form == "channel-parts" else None
-            dims = list(shape_of(input_of(node, 0)))[1:]
-            if choice.form == "channel-parts" and not all(isinstance(dim, int) for dim in dims):
-                report.skipped.append(WhyNot(node.name or "", "its channels have no size before it runs"))
-                continue
             _expand(node, image)
             report.touched.append(module_of(node))
         if report.touched:
@@ -103,8 +99,8 @@ def _elements(x: ir.Value, largest: Mapping[str, int]) -> int | None:
 
 
 def _image(node: ir.Node) -> ir.Value | None:
-    """The ``[N, C, H, W]`` whose groups of several channels are flattened in front of the operator; else None, as where
-    a size is known at run time only.
+    """The ``[N, C, H, W]`` whose groups of several channels are flattened in front of the operator; else None. Height
+    and width may be known at run time only.
     """
     reshape = input_of(node, 0).producer()
     if reshape is None or reshape.op_type != "Reshape":
@@ -112,10 +108,10 @@ def _image(node: ir.Node) -> ir.Value | None:
     source = input_of(reshape, 0)
     dims = list(shape_of(source))
     groups = list(shape_of(input_of(node, 0)))
-    if len(dims) != 4 or not all(isinstance(dim, int) for dim in [*dims[1:], *groups[1:]]) or dims[0] != groups[0]:
+    if len(dims) != 4 or len(groups) != 3 or not isinstance(dims[1], int) or not isinstance(groups[1], int):
         return None
-    channels, count = _whole(dims[1]), _whole(groups[1])
-    return source if channels % count == 0 and channels > count else None
+    channels, count = dims[1], groups[1]
+    return source if dims[0] == groups[0] and channels % count == 0 and channels > count else None
 
 
 def _signature(node: ir.Node, elements: int) -> Signature:
@@ -170,8 +166,7 @@ def _two_pass(writer: NodeWriter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 
 def _by_channel(writer: NodeWriter, x: ir.Value, image: ir.Value) -> tuple[ir.Value, ir.Value]:
     """``x - mean`` as ``[N, G, L, 1]``, and the variance ``[N, G, 1, 1]``."""
-    _, groups, *rest = shape_of(x)
-    size = int(np.prod([_whole(dim) for dim in rest]))
+    _, groups, size = shape_of(x)
     parts = _whole(shape_of(image)[1]) // _whole(groups)
     wide = writer.cast(image, ir.DataType.FLOAT)
     means = _mean(writer, wide, [2, 3])
@@ -207,8 +202,9 @@ def _sum(writer: NodeWriter, values: Sequence[ir.Value]) -> ir.Value:
 
 
 def _reshaped(writer: NodeWriter, value: ir.Value, shape: Sequence[int | ir.SymbolicDim]) -> ir.Value:
-    """A Reshape of everything but the images."""
-    target = writer.constant("shape", np.array([0, *map(_whole, shape)], np.int64))
+    """A Reshape of everything but the images; one size may be known at run time only."""
+    sizes = [dim if isinstance(dim, int) else -1 for dim in shape]
+    target = writer.constant("shape", np.array([0, *sizes], np.int64))
     return writer.op("Reshape", [value, target], dtype=value.dtype, shape=[shape_of(value)[0], *shape])
 
 

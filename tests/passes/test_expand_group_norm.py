@@ -28,8 +28,8 @@ def norm(graphs, shape="2, 4, 24", kind="float", scale=1.0, bias=0.0):
     )
 
 
-def image_norm(graphs, batch="2", channels=12, kind="float"):
-    """GroupNorm of ``[N, C, 4, 2]`` as PyTorch exports it, with SiLU and a quantizer behind it."""
+def image_norm(graphs, batch="2", channels=12, kind="float", height="4"):
+    """GroupNorm of ``[N, C, height, 2]`` as PyTorch exports it, with SiLU and a quantizer behind it."""
     dtype = np.float16 if kind == "float16" else np.float32
     lines = [
         '["norm1/Reshape"] g = Reshape(x, grouped)',
@@ -43,14 +43,14 @@ def image_norm(graphs, batch="2", channels=12, kind="float"):
     ]
     constants = {
         "grouped": np.array([0, GROUPS, -1]),
-        "image": np.array([0, channels, 4, 2]),
+        "image": np.array([0, channels, -1, 2]),
         "one": np.ones(GROUPS, dtype),
         "zero": np.zeros(GROUPS, dtype),
         "gain": np.linspace(0.5, 1.5, channels).reshape(channels, 1, 1).astype(dtype),
         "scale": np.array([0.03], np.float32),
         "zero_point": np.zeros(1, np.float32),
     }
-    shape = f"{kind}[{batch}, {channels}, 4, 2]"
+    shape = f"{kind}[{batch}, {channels}, {height}, 2]"
     return graphs.model_of(f"{shape} x", f"{shape} y", "\n".join(lines), constants)
 
 
@@ -105,6 +105,17 @@ def test_the_number_of_images_may_be_unknown(graphs, noise):
     ran = graphs.run(model, ExpandGroupNorm(), {"x": x}, context(graphs, "channel-parts"))
     assert ran.ops.count("Split") == 2
     assert np.abs(ran.at("after/Reshape", {"x": x}) - reference(x)).max() < 2e-6
+
+
+def test_height_and_width_may_be_known_at_run_time_only(graphs, noise):
+    """The channels of a group are known, and that is what the parts are made of."""
+    feeds = [{"x": noise.standard_normal((2, 12, size, 2)).astype(np.float32)} for size in (4, 9)]
+    sample = TensorSpec(name="x", role="sample", dtype="float32", dims=(Dim(name="H", low=2, best=4, high=9),))
+    given = dataclasses.replace(context(graphs, "channel-parts"), io=IoSpec(inputs=(sample,), outputs=()))
+    ran = graphs.run(image_norm(graphs, height="H"), ExpandGroupNorm(), feeds, given)
+    assert [len(node.outputs) for node in ran.nodes("Split")] == [3, 3]
+    for item in feeds:
+        assert np.abs(ran.at("after/Reshape", item) - reference(item["x"])).max() < 2e-6
 
 
 def test_one_channel_per_group_is_one_part(graphs, noise):
