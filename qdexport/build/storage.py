@@ -12,6 +12,7 @@ from qdexport.core.results import KernelFact, Plan, WeightStorage
 __all__ = ["engine_weight_types", "storage_mismatches"]
 
 _NODES = ("Conv", "MatMul", "Gemm")
+_NARROW = frozenset({"int8", "int4", "fp8", "nvfp4", "fp4"})
 
 
 def engine_weight_types(plan: Plan, weights: Mapping[str, int]) -> dict[str, str]:
@@ -35,20 +36,30 @@ def engine_weight_types(plan: Plan, weights: Mapping[str, int]) -> dict[str, str
     makers = _makers(plan)
     found = {}
     for layer, size in weights.items():
-        names = (f"{layer}.weight_quantizer/DequantizeLinear", *(f"{layer}/{op}" for op in _NODES))
-        kernels = [kernel for name in names for kernel in by_node.get(name, ())]
+        kernels = [kernel for name in sorted(_names(layer)) for kernel in by_node.get(name, ())]
         tensors = [tensor for kernel in kernels for tensor in _constants(kernel, makers)]
-        found[layer] = "+".join(sorted(_types(tensors, size))) or "missing"
+        named = _named(kernels)
+        needed = sum(other for name, other in weights.items() if other >= size and _names(name) & named)
+        found[layer] = "+".join(sorted(_types(tensors, size, needed))) or "missing"
     return found
 
 
-def _types(constants: list[PlanTensor], size: int) -> set[str]:
-    """Types of the constants of a weight's size; of larger ones where there is none, since builders merge weights.
+def _names(layer: str) -> set[str]:
+    return {f"{layer}.weight_quantizer/DequantizeLinear", *(f"{layer}/{op}" for op in _NODES)}
 
-    A kernel may read larger tables besides (class embeddings).
+
+def _named(kernels: list[KernelFact]) -> set[str]:
+    return {name for kernel in kernels for node in kernel.nodes for name in node_names(node)}
+
+
+def _types(constants: list[PlanTensor], size: int, needed: int) -> set[str]:
+    """Types of the constants that have room for a weight: the narrow ones alone, where these have room for the weights
+    of all layers of the kernels that are as large. Scales and tables (class embeddings) may be as large as a weight.
     """
-    same = {tensor.dtype for tensor in constants if prod(tensor.dims) == size}
-    return same or {tensor.dtype for tensor in constants if prod(tensor.dims) > size}
+    tensors = {tensor.name: tensor for tensor in constants if prod(tensor.dims) >= size}.values()
+    narrow = [tensor for tensor in tensors if tensor.dtype in _NARROW]
+    enough = narrow and sum(prod(tensor.dims) for tensor in narrow) >= needed
+    return {tensor.dtype for tensor in (narrow if enough else tensors)}
 
 
 def _makers(plan: Plan) -> dict[str, KernelFact]:

@@ -35,11 +35,19 @@ def kernel(kind, nodes, inputs, outputs=("fp16[2,8] y",), name="k"):
             [kernel("kgen", ["l/Gemm"], ["const fp32[1001,48] classes", "const int8[64,8] w", "const fp32[4,8] s"])],
             "int8",
         ),
+        (  # scales of several merged layers may have the size of one layer's weight
+            [kernel("gemm", ["l/MatMul"], ["fp16[2,64] x", "const int8[64,512] w", "const fp32[1,512] s"])],
+            "int8",
+        ),
+        (  # narrow codes of one layer alone, beside a weight that was widened
+            [kernel("gemm", ["l/MatMul", "m/MatMul"], ["const int8[64,8] w", "const fp16[64,8] folded"])],
+            "fp16+int8",
+        ),
         ([kernel("gemm", ["other/MatMul"], ["fp16[2,64] x", "const int4[64,8] w"])], "missing"),
     ],
 )
 def test_where_a_plan_keeps_a_weight(kernels, found):
-    assert engine_weight_types(plan_of(*kernels), {"l": 512}) == {"l": found}
+    assert engine_weight_types(plan_of(*kernels), {"l": 512, "m": 512})["l"] == found
 
 
 def test_a_weight_that_the_builder_merged_with_others_is_followed():
