@@ -37,6 +37,9 @@ __all__ = ["Captured", "capture", "capture_network"]
 logger = logging.getLogger(__name__)
 
 OPSET = 20  # what the exporter writes natively; emit raises the number, the operators in use are unchanged in 21
+# constants that were folded twice are one again, so that a layer that is called twice on one input stays one layer;
+# larger ones are not folded
+_FOLDED_ELEMENTS = 8192
 _ROUNDS = 2  # a rewritten node makes others constant
 # The exporter's own optimizer also joins two Slices to a Split, for which it compares every node with all others: that
 # alone takes as long as the rest of the export. Denoisers have no such pairs.
@@ -168,12 +171,12 @@ def _simplify(model: ir.Model) -> None:
     common_passes.InlinePass()(model)
     _drop_idle_squeezes(model)
     for _ in range(_ROUNDS):
-        fold_constants_ir(model, onnx_shape_inference=True)
+        fold_constants_ir(model, onnx_shape_inference=True, input_size_limit=_FOLDED_ELEMENTS)
         rewrite(model, _RULES)
     for graph_pass in (
         common_passes.RemoveUnusedNodesPass(),
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common_passes.DeduplicateInitializersPass(),
+        common_passes.DeduplicateInitializersPass(size_limit=_FOLDED_ELEMENTS),
         common_passes.CommonSubexpressionEliminationPass(),
         common_passes.RemoveUnusedNodesPass(),
         common_passes.OutputFixPass(),

@@ -168,6 +168,31 @@ def test_weights_keep_their_quantizers() -> None:
     assert [int_attr(node, key) for key in ("qmin", "qmax", "axis")] == [-8, 7, 0]
 
 
+class Twice(nn.Module):
+    """Calls one layer on one input in two places, with factors of its columns, as DiT calls its first embedding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.register_buffer("factors", torch.linspace(0.5, 2, width))
+        self.quantizer = weight(self.linear)
+
+    def embed(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.quantizer(self.linear.weight * self.factors))
+
+    def forward(self, sample: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        del timestep, return_dict
+        x = sample.flatten(2)
+        return ((self.embed(x) + nn.functional.silu(self.embed(x))).reshape(sample.shape),)
+
+
+def test_a_layer_that_is_called_twice_on_one_input_is_one_layer() -> None:
+    """Each call folds the product of 1,296 weights and their factors into a constant of its own."""
+    graph = capture(Twice(6 * 6).eval(), io_of(static(2))).model.graph
+    assert len([node for node in graph if node.op_type in {"MatMul", "Gemm"}]) == 1
+    assert len([node for node in graph if is_fake_quantize(node)]) == 1
+
+
 def test_a_half_precision_body(noise: np.random.Generator) -> None:
     model = toy(dtype=torch.float16)
     captured = capture(model, io_of(static(2), "float16"))
