@@ -4,7 +4,8 @@ Before: ``x(fp16) -> Cast(fp32) -> Cast(fp16) -> y``, ``x(fp32) -> Cast(fp32) ->
 After:  ``x -> y``
 
 Identity: a cast to the own type, and a widening cast followed by its inverse, change nothing. Exact. What reads two
-floating types without a cast is refused by name, since a strongly typed parser would refuse it without one.
+floating types without a cast is refused by name, since a strongly typed parser would refuse it without one; but Concat
+joins them as PyTorch does, and a layer with FP16 weights reads its input in FP16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import DOMAIN
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
 from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE
-from qdexport.graph.query import dtype_of, input_of, module_of, value_name
+from qdexport.graph.query import COMPUTE_OPS, dtype_of, input_of, module_of, value_name
 
 if TYPE_CHECKING:
     from qdexport.graph.runner import PassContext, PassReport
@@ -51,7 +52,7 @@ class LegalizeTypes:
         if report.touched:
             remove_unused(model)
         for node in list(model.graph):
-            if node.op_type == "Concat" and _promote(node):
+            if (node.op_type == "Concat" and _promote(node)) or (node.op_type in COMPUTE_OPS and _narrow(node)):
                 report.touched.append(module_of(node))
         for node in model.graph:
             _check(node)
@@ -83,6 +84,20 @@ def _promote(node: ir.Node) -> bool:
         if value is not None:
             node.replace_input_with(index, writer.cast(value, ir.DataType.FLOAT))
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    return True
+
+
+def _narrow(node: ir.Node) -> bool:
+    """A layer with FP16 weights that reads FP32 reads FP16: diffusers does not cast the sines of class labels."""
+    x, *operands = [value for value in node.inputs if value is not None]
+    if x.dtype != ir.DataType.FLOAT or {value.dtype for value in operands} != {ir.DataType.FLOAT16}:
+        return False
+    node.replace_input_with(0, NodeWriter(node).cast(x, ir.DataType.FLOAT16))
+    y = node.outputs[0]
+    if y.dtype != ir.DataType.FLOAT16:
+        y.type = ir.TensorType(ir.DataType.FLOAT16)
+        widened = NodeWriter(node, after=True).cast(y, ir.DataType.FLOAT)
+        replace_value(y, widened, keep=[maker for maker in (widened.producer(),) if maker is not None])
     return True
 
 

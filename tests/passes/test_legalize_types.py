@@ -98,6 +98,23 @@ def test_mixed_floating_types_are_refused(graphs):
         LegalizeTypes().apply(model, graphs.context_of(), PassReport("legalize-types"))
 
 
+def test_a_layer_with_fp16_weights_reads_fp16(graphs, noise):
+    """PyTorch's exporter lets the sines of class labels reach it in FP32."""
+    weight = noise.integers(-4, 5, (4, 3)).astype(np.float16)
+    body = cast("n", "h", "x", HALF) + '\n["fc/MatMul"] v = MatMul(h, w)\n["a/Relu"] y = Relu(v)'
+    model = graphs.model_of("float[2, 4] x", "float16[2, 3] y", body, {"w": weight})
+    product = next(node for node in model.graph if node.op_type == "MatMul")
+    product.replace_input_with(0, model.graph.inputs[0])  # onnx's own inference would stop at such a graph
+    report = PassReport("legalize-types")
+    LegalizeTypes().apply(model, graphs.context_of(), report)
+    assert report.touched == ["fc"]
+    assert [value.dtype for value in product.inputs] == [ir.DataType.FLOAT16] * 2
+    name_everything(model)
+    x = noise.integers(-8, 9, (2, 4)).astype(np.float32)
+    expected = np.maximum(x.astype(np.float16) @ weight, 0)  # whole numbers: exact in either type
+    np.testing.assert_array_equal(evaluate(ir.to_proto(model), {"x": x})["y"], expected)
+
+
 def test_an_unknown_type_is_refused(graphs):
     model = graphs.model_of(
         "float[4] x", "float[4] y", '["p/Relu"] v = Relu(x)\n' + cast("q", "y", "v", FLOAT), {}
