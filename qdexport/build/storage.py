@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from math import prod
 
 from qdexport.build.plan import PlanTensor, frozen_tensors, plan_tensors
@@ -39,13 +39,19 @@ def engine_weight_types(plan: Plan, weights: Mapping[str, int]) -> dict[str, str
         kernels = [kernel for name in sorted(_names(layer)) for kernel in by_node.get(name, ())]
         tensors = [tensor for kernel in kernels for tensor in _constants(kernel, makers)]
         named = _named(kernels)
-        needed = sum(other for name, other in weights.items() if other >= size and _names(name) & named)
+        needed = sum(other for name, other in weights.items() if other >= size and _holders(name, by_node) & named)
         found[layer] = "+".join(sorted(_types(tensors, size, needed))) or "missing"
     return found
 
 
 def _names(layer: str) -> set[str]:
     return {f"{layer}.weight_quantizer/DequantizeLinear", *(f"{layer}/{op}" for op in _NODES)}
+
+
+def _holders(layer: str, known: Container[str]) -> set[str]:
+    """Names of the kernels that read a layer's codes: its DequantizeLinear, its product where that is in no kernel."""
+    widened = f"{layer}.weight_quantizer/DequantizeLinear"
+    return {widened} if widened in known else _names(layer)
 
 
 def _named(kernels: list[KernelFact]) -> set[str]:

@@ -50,6 +50,16 @@ def test_where_a_plan_keeps_a_weight(kernels, found):
     assert engine_weight_types(plan_of(*kernels), {"l": 512, "m": 512})["l"] == found
 
 
+def test_a_layer_whose_codes_another_kernel_reads_needs_no_room():
+    """A kernel also names products of which it does the last step alone."""
+    kernels = [
+        kernel("kgen", ["l.weight_quantizer/DequantizeLinear", "l/Gemm", "m/Gemm"], [
+            "const fp16[1001,8] classes", "const int8[64,8] w", "const fp16[1,8] s"]),
+        kernel("kgen", ["m.weight_quantizer/DequantizeLinear"], ["const int8[64,16] v", "const fp16[1,16] t"]),
+    ]  # fmt: skip
+    assert engine_weight_types(plan_of(*kernels), {"l": 512, "m": 1024}) == {"l": "int8", "m": "int8"}
+
+
 def test_a_weight_that_the_builder_merged_with_others_is_followed():
     """The kernel that widens several weights at once names none of their layers."""
     kernels = [
