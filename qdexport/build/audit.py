@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from qdexport.build.plan import COMPUTE_KINDS, compute_precision, is_fused_attention
 from qdexport.core.results import Plan
@@ -40,7 +40,11 @@ def audit(planned: Mapping[str, str], onnx: Mapping[str, str], engine: Mapping[s
 
 
 def floating_mismatches(
-    body: str, onnx: Mapping[str, str], engine: Mapping[str, str] | None, plan: Plan | None
+    body: str,
+    onnx: Mapping[str, str],
+    engine: Mapping[str, str] | None,
+    plan: Plan | None,
+    wide: Collection[str] = (),
 ) -> list[str]:
     """Finds what does not compute in the type of a floating-point network.
 
@@ -50,15 +54,21 @@ def floating_mismatches(
         engine: compute type of each layer in the kernel plan; ``missing`` for one that became part of something else
             (a constant), which is no mismatch.
         plan: the kernel plan, for products without weights (attention); None when no engine was built.
+        wide: layers that are FP32 in an FP16 body too.
 
     Returns:
         One sentence per layer or kernel that differs.
     """
-    found = [f"{layer}: planned {body}, {kind} in the ONNX file" for layer, kind in onnx.items() if kind != body]
+    planned = {layer: "fp32" if layer in wide else body for layer in onnx}
+    found = [
+        f"{layer}: planned {planned[layer]}, {kind} in the ONNX file"
+        for layer, kind in onnx.items()
+        if kind != planned[layer]
+    ]
     found += [
-        f"{layer}: planned {body}, {kind} in the engine"
+        f"{layer}: planned {planned[layer]}, {kind} in the engine"
         for layer, kind in (engine or {}).items()
-        if kind not in {body, "missing"}
+        if kind not in {planned[layer], "missing"}
     ]
     if plan is not None:
         named = set(onnx)

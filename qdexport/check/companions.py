@@ -13,9 +13,10 @@ chance, so medians are compared, with a margin for two medians of few images.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -45,6 +46,7 @@ Call = dict[str, Tensor]
 _FLOOR_MARGIN_DB: Final = 1.0
 # medians over a few images whose errors scatter by some 3 dB (one standard deviation), on both sides
 _IMAGES_MARGIN_DB: Final = 6.0
+_DTYPES: Final = {"fp16": torch.float16, "fp32": torch.float32}
 _LARGEST: Final = {"fp16": 65504.0, "fp32": float(np.finfo(np.float32).max)}
 _PEAK: Final = 2.0  # images lie in [-1, 1]
 _TRIALS: Final = 3
@@ -157,15 +159,16 @@ def companion_parity(
         most: rows that are compared.
     """
     rows = _distinct_rows(calls)[:most]
-    exact, peak = exact_function(companion), _Peak(companion.network)
+    exact, peak = exact_function(companion), _Peak(companion.network, companion.facts.body)
     distances: dict[str, tuple[list[float], list[float]]] = {
         spec.name: ([], []) for spec in companion.facts.io.outputs
     }
     for index, row in enumerate(rows):
         inputs = _typed(row, companion.facts)
-        with peak:
+        with peak.magnitudes():
             truth = exact(inputs)
-        noisy = _rounding_function(companion, torch.Generator().manual_seed(index))(inputs)
+        with peak.types():
+            noisy = _rounding_function(companion, torch.Generator().manual_seed(index))(inputs)
         found = file(inputs)
         for name, (ours, floors) in distances.items():
             ours.append(sqnr_db(_array(truth[name]), _array(found[name])))
@@ -263,23 +266,58 @@ def _reasons(facts: CompanionFacts, sqnr: float, floor: float, peak: float) -> l
 
 
 class _Peak:
-    """The largest magnitude that any module of a network gives while it is watched."""
+    """The largest magnitude that any module of a network gives in FP32, of those whose outputs have the body's type.
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._hooks: list[Any] = []
-        self.value = 0.0
+    Modules that an FP16 body leaves in FP32 (T5's) may exceed FP16. While :meth:`types` watches, the body computes.
+    """
 
-    def __enter__(self) -> None:
-        self._hooks = [module.register_forward_hook(self._see) for module in self._network.modules()]
+    def __init__(self, network: nn.Module, body: str) -> None:
+        self._network, self._dtype = network, _DTYPES[body]
+        self._peaks: dict[str, float] = {}
+        self._wide: set[str] = set()
 
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    @property
+    def value(self) -> float:
+        """NaN or infinity where any module gave one."""
+        peaks = [peak for name, peak in self._peaks.items() if name not in self._wide or not math.isfinite(peak)]
+        return math.nan if any(math.isnan(peak) for peak in peaks) else max(peaks, default=0.0)
 
-    def _see(self, module: nn.Module, args: Any, output: Any) -> None:
-        del module, args
-        if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+    @contextlib.contextmanager
+    def magnitudes(self) -> Iterator[None]:
+        """Watches a call in FP32."""
+
+        def see(name: str, output: Tensor) -> None:
             low, high = torch.aminmax(output)
-            largest = max(abs(low.item()), abs(high.item()))
-            self.value = largest if math.isnan(largest) else max(self.value, largest)
+            largest, before = max(abs(low.item()), abs(high.item())), self._peaks.get(name, 0.0)
+            self._peaks[name] = before if math.isnan(before) or largest < before else largest
+
+        with self._watching(see):
+            yield
+
+    @contextlib.contextmanager
+    def types(self) -> Iterator[None]:
+        """Watches a call in the body's types."""
+
+        def see(name: str, output: Tensor) -> None:
+            if output.dtype != self._dtype:
+                self._wide.add(name)
+
+        with self._watching(see):
+            yield
+
+    @contextlib.contextmanager
+    def _watching(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        def hook(name: str) -> Callable[..., None]:
+            def watch(module: nn.Module, args: Any, output: Any) -> None:
+                del module, args
+                if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
+                    see(name, output)
+
+            return watch
+
+        hooks = [module.register_forward_hook(hook(name)) for name, module in self._network.named_modules()]
+        try:
+            yield
+        finally:
+            for item in hooks:
+                item.remove()

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPANION_KEY", "COMPANION_NAMES", "CompanionFacts", "CompanionName"]
 
-CompanionName = Literal["vae_decoder", "text_encoder", "text_encoder_2"]
-COMPANION_NAMES: tuple[CompanionName, ...] = ("text_encoder", "text_encoder_2", "vae_decoder")
+CompanionName = Literal["vae_decoder", "text_encoder", "text_encoder_2", "text_encoder_3"]
+COMPANION_NAMES: tuple[CompanionName, ...] = ("text_encoder", "text_encoder_2", "text_encoder_3", "vae_decoder")
 COMPANION_KEY = "qdexport.companion"
 
 
@@ -32,8 +32,11 @@ class CompanionFacts(BaseModel):
         why_body: what decided it.
         io: inputs and outputs.
         usage: how its inputs are made, and what its outputs are, in one sentence each.
+        wide_modules: modules that compute in FP32 in an FP16 body too, by the last part of their path.
         hidden_layer: of a text encoder: which hidden states are its output, -1 (behind the final norm) or -2 (the last
-            but one, without it); None for others.
+            but one, without it); None for others, and where the denoiser reads none.
+        pooled: of a text encoder: which pooled text is its last output, by the name that transformers gives it; None
+            where the denoiser reads none.
         scaling_factor: of a VAE: ``latents`` are the sampler's, divided by this number; None for others.
         shift_factor: of a VAE: added after the division; None where there is none.
         latents_mean: of a VAE, by channel; None where there is none.
@@ -51,11 +54,17 @@ class CompanionFacts(BaseModel):
     why_body: str
     io: IoSpec
     usage: str
+    wide_modules: tuple[str, ...] = ()
     hidden_layer: Literal[-1, -2] | None = None
+    pooled: Literal["text_embeds", "pooler_output"] | None = None
     scaling_factor: float | None = None
     shift_factor: float | None = None
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
+
+    def body_of(self, layer: str) -> Literal["fp32", "fp16"]:
+        """The type that a layer computes in, by its module path."""
+        return "fp32" if layer.rpartition(".")[2] in self.wide_modules else self.body
 
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the ONNX file."""

@@ -6,6 +6,7 @@ the next one takes:
     input_ids [N, L] int64 -> text_encoder -> encoder_hidden_states [N, L, D]         (SD 1.x, 2.x: last hidden state)
     input_ids -> text_encoder, text_encoder_2 -> encoder_hidden_states_1, encoder_hidden_states_2, text_embeds
                                             (SDXL: last but one hidden states, to be concatenated, and the pooled text)
+    others: see :mod:`qdexport.models.text_encoders`
     latents [N, C, H, W] -> vae_decoder -> image [N, 3, f H, f W], values in [-1, 1], not clipped
 
 ``latents`` are what ``vae.decode`` of diffusers takes: the sampler's, divided by the VAE's ``scaling_factor``. The
@@ -25,10 +26,12 @@ from torch import Tensor, nn
 
 from qdexport.core.companion_facts import COMPANION_NAMES, CompanionFacts, CompanionName
 from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
-from qdexport.core.recipe import Companions
+from qdexport.core.recipe import Companions, Shapes
 from qdexport.errors import ModelError
+from qdexport.models.denoiser_io import latent_dims
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.loaded import LoadedModel
+from qdexport.models.text_encoders import encoder_facts, text_encoder, why_no_encoder, wide_modules
 from qdexport.models.weights import check_weights, find_weights, read_json, variants_in
 
 __all__ = [
@@ -50,10 +53,10 @@ _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16}
 _COMPONENTS: Final[dict[CompanionName, str]] = {
     "text_encoder": "text_encoder",
     "text_encoder_2": "text_encoder_2",
+    "text_encoder_3": "text_encoder_3",
     "vae_decoder": "vae",
 }
 _VAES: Final = ("AutoencoderKL", "AutoencoderTiny")
-_ENCODERS: Final = ("CLIPTextModel", "CLIPTextModelWithProjection")
 _LIBRARY_ERRORS: Final = (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError, ImportError)
 
 
@@ -120,7 +123,12 @@ def find_companions(loaded: LoadedModel, wanted: Companions) -> Found:
 
 
 def companion_facts(
-    loaded: LoadedModel, name: CompanionName, denoiser: IoSpec, body: Literal["auto", "fp32", "fp16"], target: str
+    loaded: LoadedModel,
+    name: CompanionName,
+    denoiser: IoSpec,
+    body: Literal["auto", "fp32", "fp16"],
+    target: str,
+    shapes: Shapes,
 ) -> CompanionFacts:
     """Names, shapes and types of one network's inputs and outputs, and the type that it computes in.
 
@@ -131,6 +139,7 @@ def companion_facts(
             The networks beside it see one row per image, where guidance gives the denoiser two.
         body: of the recipe.
         target: name of the target.
+        shapes: of the recipe, from which the denoiser's inputs were made.
 
     Raises:
         ModelError: the text is longer than the encoder allows.
@@ -139,7 +148,7 @@ def companion_facts(
     rows = denoiser.inputs[0].dims[0]
     images = _per_image(rows) if loaded.defaults.cfg else rows.model_copy(update={"name": "images"})
     chosen, why = _body(loaded, name, body)
-    common = {
+    common: dict[str, Any] = {
         "network": name,
         "component": _COMPONENTS[name],
         "class_name": type(part).__name__,
@@ -149,8 +158,9 @@ def companion_facts(
         "why_body": why,
     }
     if name == "vae_decoder":
-        return CompanionFacts(**common, **_vae_facts(loaded, images, denoiser))
-    return CompanionFacts(**common, **_encoder_facts(loaded, name, images, denoiser))
+        return CompanionFacts(**common, **_vae_facts(loaded, images, denoiser.inputs[0].dtype, shapes))
+    common["wide_modules"] = wide_modules(type(part).__name__, chosen)
+    return CompanionFacts(**common, **encoder_facts(loaded, name, part, images, denoiser))
 
 
 def load_companion(folder: Path, facts: CompanionFacts, variant: str | None = None) -> Companion:
@@ -191,18 +201,21 @@ def load_companion(folder: Path, facts: CompanionFacts, variant: str | None = No
 
 
 def companion_of(network: nn.Module, facts: CompanionFacts) -> Companion:
-    """Wraps an AutoencoderKL, an AutoencoderTiny or a CLIP text model, which has the type of ``facts.body`` by then."""
+    """Wraps a VAE or a text model of a class that is compiled, which has the type of ``facts.body`` by then."""
     network = network.eval().requires_grad_(requires_grad=False)
+    for path, part in network.named_modules():
+        if path.rpartition(".")[2] in facts.wide_modules:
+            part.float()
     dtypes = (_DTYPES[facts.body], getattr(torch, facts.io.outputs[0].dtype))
     if facts.network == "vae_decoder":
         module: nn.Module = _VaeDecoder(network, *dtypes)
     else:
-        module = _TextEncoder(network, facts, dtypes[1])
+        module = text_encoder(network, facts, dtypes[1])
     return Companion(facts=facts, module=module.eval())
 
 
 def example_companion_inputs(companion: Companion, seed: int) -> dict[str, Tensor]:
-    """Random inputs: normal latents, legal tokens.
+    """Random inputs: normal latents, legal tokens, texts of any length where a mask says it.
 
     They have the best sizes; a range whose best is 1 has 2 rows (torch.export takes a 1 for a constant).
 
@@ -217,6 +230,9 @@ def example_companion_inputs(companion: Companion, seed: int) -> dict[str, Tenso
         if spec.role == "tokens":
             words = int(cast("Any", companion.network).config.vocab_size)
             inputs[spec.name] = torch.randint(0, words, shape, generator=source)
+        elif spec.role == "text_mask":
+            lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=source)
+            inputs[spec.name] = (torch.arange(shape[1]) < lengths).to(torch.int64)
         else:
             inputs[spec.name] = torch.randn(shape, generator=source).to(getattr(torch, spec.dtype))
     return inputs
@@ -248,23 +264,6 @@ class _VaeDecoder(nn.Module):
         return (image.to(self._outer) if convert else image,)
 
 
-class _TextEncoder(nn.Module):
-    """A CLIP text model with the outputs that a denoiser reads."""
-
-    def __init__(self, encoder: nn.Module, facts: CompanionFacts, outer: torch.dtype) -> None:
-        super().__init__()
-        self.network = encoder
-        self._layer, self._pooled, self._outer = facts.hidden_layer, len(facts.io.outputs) > 1, outer
-
-    def forward(self, inputs: dict[str, Tensor], *, convert: bool = True) -> tuple[Tensor, ...]:
-        last = self._layer in {None, -1}  # behind the final norm; earlier layers are read in front of it
-        result = self.network(inputs["input_ids"], output_hidden_states=not last)
-        hidden = result.last_hidden_state if last else result.hidden_states[self._layer]
-        # [0] of a model with a projection is the projected pooled text
-        values = [hidden, result[0]] if self._pooled else [hidden]
-        return tuple(value.to(self._outer) if convert else value for value in values)
-
-
 def _part(loaded: LoadedModel, name: CompanionName) -> Any | None:
     return getattr(loaded.pipeline, _COMPONENTS[name], None)
 
@@ -281,28 +280,11 @@ def _why_not(loaded: LoadedModel, name: CompanionName) -> str:
     part = _part(loaded, name)
     if part is None:
         return f"the model {loaded.name} has no {_COMPONENTS[name]}"
-    known = _VAES if name == "vae_decoder" else _ENCODERS
-    if type(part).__name__ not in known:
-        return f"its class is {type(part).__name__}, and qdexport compiles {' and '.join(known)}"
-    if name == "vae_decoder":
-        return ""
-    if "encoder_hidden_states" not in _denoiser_parameters(loaded):
-        return "the denoiser reads no text"
-    if getattr(part.config, "use_attention_mask", False):
-        return "it reads an attention mask (use_attention_mask), which has no input in the exported network"
-    if name == "text_encoder_2" and not _is_xl(loaded):
-        return "the denoiser is not of SDXL's kind (addition_embed_type text_time), so what it reads is not known"
+    if name != "vae_decoder":
+        return why_no_encoder(loaded, name, part)
+    if type(part).__name__ not in _VAES:
+        return f"its class is {type(part).__name__}, and qdexport compiles {' and '.join(_VAES)}"
     return ""
-
-
-def _denoiser_parameters(loaded: LoadedModel) -> Mapping[str, Any]:
-    import inspect
-
-    return inspect.signature(type(loaded.denoiser).forward).parameters
-
-
-def _is_xl(loaded: LoadedModel) -> bool:
-    return bool(cast("Any", loaded.denoiser).config.get("addition_embed_type") == "text_time")
 
 
 def _body(loaded: LoadedModel, name: CompanionName, asked: str) -> tuple[Body, str]:
@@ -323,9 +305,9 @@ def _per_image(rows: Dim) -> Dim:
     return Dim(name="images", **{end: max(1, getattr(rows, end) // 2) for end in ("low", "best", "high")})
 
 
-def _vae_facts(loaded: LoadedModel, images: Dim, denoiser: IoSpec) -> dict[str, Any]:
+def _vae_facts(loaded: LoadedModel, images: Dim, dtype: str, shapes: Shapes) -> dict[str, Any]:
     config = cast("Any", loaded.pipeline).vae.config
-    dtype, (_, _, height, width) = denoiser.inputs[0].dtype, denoiser.inputs[0].dims
+    height, width = latent_dims(loaded, shapes)
     factor = int(cast("Any", loaded.pipeline).vae_scale_factor)
     latents = (images, _fixed(int(config["latent_channels"])), height, width)
     image = (images, _fixed(int(config["out_channels"])), _times(height, factor), _times(width, factor))
@@ -344,32 +326,6 @@ def _vae_facts(loaded: LoadedModel, images: Dim, denoiser: IoSpec) -> dict[str, 
         "latents_mean": None if means is None else tuple(means),
         "latents_std": None if deviations is None else tuple(deviations),
     }
-
-
-def _encoder_facts(loaded: LoadedModel, name: CompanionName, images: Dim, denoiser: IoSpec) -> dict[str, Any]:
-    encoder = cast("Any", _part(loaded, name))
-    text = denoiser.by_role("text")
-    if text is None:
-        raise ModelError(f"the {name} has no reader: the exported denoiser has no text input")
-    tokens = text.dims[1]
-    most = int(encoder.config.max_position_embeddings)
-    if tokens.high > most:
-        raise ModelError(f"the {name} reads {most} tokens at most, and shapes.tokens is {tokens.high}")
-    both = all(_part(loaded, other) is not None for other in ("text_encoder", "text_encoder_2"))
-    number = ("_1" if name == "text_encoder" else "_2") if _is_xl(loaded) and both else ""
-    hidden = (images, tokens, _fixed(int(encoder.config.hidden_size)))
-    outputs = [TensorSpec(name=f"encoder_hidden_states{number}", role="text", dtype=text.dtype, dims=hidden)]
-    usage = "input_ids: of the tokenizer, padded to the full length; encoder_hidden_states"
-    usage += f"{number}: " + ("the last but one hidden states" if _is_xl(loaded) else "the last hidden states")
-    if number:
-        usage += "; the denoiser reads encoder_hidden_states_1 and _2 concatenated along the last axis"
-    if _is_xl(loaded) and hasattr(encoder, "text_projection"):
-        pooled = (images, _fixed(int(encoder.config.projection_dim)))
-        outputs.append(TensorSpec(name="text_embeds", role="text_pooled", dtype=text.dtype, dims=pooled))
-        usage += "; text_embeds: the projected pooled text"
-    ids = TensorSpec(name="input_ids", role="tokens", dtype="int64", dims=(images, tokens))
-    io = IoSpec(inputs=(ids,), outputs=tuple(outputs))
-    return {"io": io, "usage": usage, "hidden_layer": -2 if _is_xl(loaded) else -1}
 
 
 def _fixed(size: int) -> Dim:

@@ -59,7 +59,7 @@ def text_arguments(
     Returns:
         The pipeline's arguments, as far as it has them.
     """
-    io = io_spec(loaded, Shapes(), "fp32")
+    io = io_spec(loaded, Shapes(tokens=loaded.defaults.tokens), "fp32")
     text, pooled = io.by_role("text"), io.by_role("text_pooled")
     arguments: dict[str, Any] = {"prompt": None}
     if text is None:

@@ -32,6 +32,7 @@ from qdexport.models.denoiser_classes import (
 )
 from qdexport.models.extra_inputs import (
     check_size,
+    check_text_length,
     guidance_inputs,
     packed_tokens,
     residual_inputs,
@@ -48,6 +49,7 @@ __all__ = [
     "denoiser_class",
     "example_inputs",
     "io_spec",
+    "latent_dims",
     "latent_size",
     "named_inputs",
     "size_multiple",
@@ -129,17 +131,30 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
     return IoSpec(inputs=tuple(inputs), outputs=(prediction,), profiles=profiles)
 
 
-def sized(loaded: LoadedModel, shapes: Shapes) -> LoadedModel:
-    """A model whose own size is that of the recipe, so that what is calibrated and checked is what is exported.
+def latent_dims(loaded: LoadedModel, shapes: Shapes) -> tuple[Dim, Dim]:
+    """Height and width of the latent, also of a denoiser whose samples are packed to tokens. Raises as io_spec does."""
+    ranges, _ = dims_of(shapes, _own_sizes(loaded, loaded.denoiser), size_multiple(loaded.denoiser))
+    return ranges["height"], ranges["width"]
 
-    Only where its config says none, or its schedule depends on it (SD3, FLUX).
+
+def sized(loaded: LoadedModel, shapes: Shapes) -> LoadedModel:
+    """A model whose own sizes are those of the recipe, so that what is calibrated and checked is what is exported.
+
+    Height and width only where its config says none, or its schedule depends on them (SD3, FLUX); the length of the
+    text where its pipeline can be told one (SD3, FLUX, PixArt).
+
+    Raises:
+        RecipeError: as :func:`io_spec`, or the pipeline makes no texts of that length.
     """
-    denoiser, own = loaded.denoiser, latent_size(loaded.denoiser)
-    if own != (None, None) and family_of(denoiser) not in (SD3, FLUX):
-        return loaded
-    ranges, _ = dims_of(shapes, _own_sizes(loaded, denoiser), size_multiple(denoiser))
-    height, width = ranges["height"], ranges["width"]
-    return replace(loaded, defaults=replace(loaded.defaults, height=height.best, width=width.best))
+    denoiser, defaults = loaded.denoiser, loaded.defaults
+    if latent_size(denoiser) == (None, None) or family_of(denoiser) in (SD3, FLUX):
+        height, width = latent_dims(loaded, shapes)
+        defaults = replace(defaults, height=height.best, width=width.best)
+    if text_tokens(denoiser, loaded.pipeline) is not None:
+        ranges, _ = dims_of(shapes, _own_sizes(loaded, denoiser), size_multiple(denoiser))
+        check_text_length(denoiser, loaded.pipeline, ranges["tokens"].best)
+        defaults = replace(defaults, tokens=ranges["tokens"].best)
+    return replace(loaded, defaults=defaults)
 
 
 def _image(batch: Dim, packed: Dim | None, height: Dim, width: Dim, channels: int) -> tuple[Dim, ...]:

@@ -13,10 +13,20 @@ from qdexport.errors import RecipeError
 from qdexport.models.denoiser_calls import DOWN_RESIDUAL, MID_RESIDUAL
 from qdexport.models.denoiser_classes import DIT, FLUX, PIXART, SD3, config_of, family_of
 
-__all__ = ["check_size", "guidance_inputs", "packed_tokens", "residual_inputs", "text_tokens", "transformer_inputs"]
+__all__ = [
+    "check_size",
+    "check_text_length",
+    "guidance_inputs",
+    "packed_tokens",
+    "residual_inputs",
+    "sequence_length",
+    "text_tokens",
+    "transformer_inputs",
+]
 
 _PACKED: Final = 2  # FLUX's pipelines make one token of 2 x 2 latents
 _TOKENS: Final = {SD3: 333, FLUX: 512, PIXART: 300}  # SD3: 77 of CLIP and 256 of T5, the pipelines' defaults
+_LONGEST: Final = {SD3: 512, FLUX: 512}  # what their pipelines take as max_sequence_length
 _AXES: Final = 3  # of a FLUX position: index of the picture, row, column
 
 
@@ -29,8 +39,29 @@ def text_tokens(denoiser: nn.Module, pipeline: Any | None) -> int | None:
     own = known.get("max_sequence_length")
     if own is None or own.default is inspect.Parameter.empty:
         return _TOKENS[family]
-    clip = int(getattr(pipeline, "tokenizer_max_length", 77)) if family == SD3 else 0
-    return clip + int(own.default)
+    return _clip_tokens(denoiser, pipeline) + int(own.default)
+
+
+def sequence_length(denoiser: nn.Module, pipeline: Any, tokens: int) -> int:
+    """The pipeline's ``max_sequence_length`` that makes texts of some length: SD3's is T5's part, behind CLIP's."""
+    return tokens - _clip_tokens(denoiser, pipeline)
+
+
+def check_text_length(denoiser: nn.Module, pipeline: Any | None, tokens: int) -> None:
+    """Refuses texts that the pipeline cannot make.
+
+    Raises:
+        RecipeError: nothing is left for T5 behind CLIP's tokens, or the pipeline takes no such length.
+    """
+    clip = _clip_tokens(denoiser, pipeline)
+    longest = _LONGEST.get(family_of(denoiser))
+    if tokens <= clip or (longest is not None and tokens > clip + longest):
+        kind, most = family_of(denoiser), "or more" if longest is None else f"to {clip + longest}"
+        raise RecipeError(f"shapes.tokens is {tokens}, and pipelines of {kind} make texts of {clip + 1} {most}")
+
+
+def _clip_tokens(denoiser: nn.Module, pipeline: Any | None) -> int:
+    return int(getattr(pipeline, "tokenizer_max_length", 77)) if family_of(denoiser) == SD3 else 0
 
 
 def check_size(denoiser: nn.Module, height: Dim, width: Dim) -> None:

@@ -24,6 +24,7 @@ class SamplingDefaults:
         height: Latent rows (pixel rows for a pixel-space model); None when neither config nor pipeline says.
         width: Latent columns, as `height`.
         cfg: Whether the usual guidance doubles the rows of a denoiser call.
+        tokens: Text length, where the pipeline can be told one; None for its own.
     """
 
     steps: int
@@ -31,6 +32,7 @@ class SamplingDefaults:
     height: int | None
     width: int | None
     cfg: bool
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from qdexport.errors import ModelError
 from qdexport.models import shapes
 from qdexport.models.conditions import class_labels, lacks_text_encoder, text_arguments
 from qdexport.models.denoiser_io import named_inputs
+from qdexport.models.extra_inputs import sequence_length
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
 from qdexport.models.schedules import scheduler_timesteps
 
@@ -309,6 +310,9 @@ def _arguments(loaded: LoadedModel, request: SampleRequest, start: int) -> dict[
     height, width = _pixel_size(loaded, request)
     arguments |= {"guidance_scale": scale, "height": height, "width": width}
     arguments |= {name: False for name in ("use_resolution_binning", "clean_caption") if name in known}  # PixArt's
+    if loaded.defaults.tokens is not None and "max_sequence_length" in known:
+        length = sequence_length(loaded.denoiser, loaded.pipeline, loaded.defaults.tokens)
+        arguments["max_sequence_length"] = length
     if lacks_text_encoder(loaded):
         guided = scale > 1 and loaded.defaults.cfg
         return arguments | text_arguments(loaded, prompts, known, guided=guided)

@@ -41,7 +41,15 @@ def _replacement(facts: CompanionFacts, function: NamedFunction, part: Any) -> t
     if facts.network == "vae_decoder":
         return "decode", lambda z, **options: _decoded(function, z, **options)
     dtype = next(part.parameters()).dtype
-    return "forward", lambda input_ids, **_: _Encoded(facts, function({"input_ids": input_ids}), dtype)
+    masked = any(spec.role == "text_mask" for spec in facts.io.inputs)
+
+    def encode(input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> _Encoded:
+        inputs = {"input_ids": input_ids}
+        if masked:
+            inputs["attention_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return _Encoded(facts, function(inputs), dtype)
+
+    return "forward", encode
 
 
 def _decoded(function: NamedFunction, z: Tensor, *, return_dict: bool = True, generator: Any = None) -> Any:
@@ -55,18 +63,31 @@ def _decoded(function: NamedFunction, z: Tensor, *, return_dict: bool = True, ge
 
 
 class _Encoded:
-    """What a text encoder's caller reads: the first output, and the hidden states that were compiled."""
+    """What the caller of a text encoder reads: output 0, and the hidden states and pooled text that were compiled."""
 
     def __init__(self, facts: CompanionFacts, outputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        hidden, *pooled = (outputs[spec.name].to(dtype) for spec in facts.io.outputs)
-        self.last_hidden_state = hidden
-        self.hidden_states = _Layers(facts, hidden)
-        self._first = pooled[0] if pooled else hidden
+        values = [outputs[spec.name].to(dtype) for spec in facts.io.outputs]
+        self._network, self._pooled = facts.network, facts.pooled
+        self._values: dict[str, Any] = {}
+        if facts.hidden_layer is not None:
+            hidden = values.pop(0)
+            # a pipeline that reads earlier layers drops the last ones, but may ask for them
+            self._values |= {"last_hidden_state": hidden, "hidden_states": _Layers(facts, hidden)}
+        if facts.pooled is not None:
+            self._values[facts.pooled] = values.pop(0)
+
+    def __getattr__(self, name: str) -> Any:
+        values = self.__dict__.get("_values", {})
+        if name not in values:
+            raise ModelError(f"the compiled {self.__dict__.get('_network')} has no {name}, only {', '.join(values)}")
+        return values[name]
 
     def __getitem__(self, index: int) -> Tensor:
         if index != 0:
             raise ModelError(f"the compiled text encoder has no output {index}")
-        return self._first
+        # [0] of a model with a projection is the projected pooled text
+        value: Tensor = getattr(self, "text_embeds" if self._pooled == "text_embeds" else "last_hidden_state")
+        return value
 
 
 class _Layers:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,7 @@ class TinyOptions:
         max_shard_size: Splits the denoiser's weights (`200KB`); None for one file.
         pickled: Writes PyTorch pickles in place of safetensors.
         seed: Chooses the random weights.
+        text_encoders: Gives `pixart`, `sd3` and `flux` the text encoders of their kind, CLIP's and T5.
     """
 
     dtype: torch.dtype = torch.float32
@@ -38,6 +41,7 @@ class TinyOptions:
     max_shard_size: str | None = None
     pickled: bool = False
     seed: int = 0
+    text_encoders: bool = False
 
 
 def save_tiny_pipeline(folder: Path, family: Family = "sd", options: TinyOptions | None = None) -> Path:
@@ -47,7 +51,7 @@ def save_tiny_pipeline(folder: Path, family: Family = "sd", options: TinyOptions
         folder: Is created; existing files of the same names are replaced.
         family: `sd`, `sdxl` and `lcm` make images from prompts, `unet2d` and `class` (with class labels) without (8 x 8
             pixels); the transformers `dit` from class labels, `pixart`, `sd3` and `flux` from embeddings of text,
-            since their pipelines have no text encoder.
+            since their pipelines have no text encoder unless the options ask for them.
         options: Types and files.
 
     Returns:
@@ -103,12 +107,31 @@ def _transformer_pipeline(family: Family, options: TinyOptions) -> Any:
     parts = {"transformer": transformer, "scheduler": scheduler, "vae": _vae(4, shift=0.1 if flow else None)}
     if family == "dit":
         return diffusers.DiTPipeline(**parts)
-    names = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
+    text = _text_parts(family, transformer.config, made=options.text_encoders)
     if family == "pixart":
-        return diffusers.PixArtSigmaPipeline(**parts, text_encoder=None, tokenizer=None)
+        return diffusers.PixArtSigmaPipeline(**parts, **text)
     if family == "sd3":
-        return diffusers.StableDiffusion3Pipeline(**parts, **dict.fromkeys(names))
-    return diffusers.FluxPipeline(**parts, **dict.fromkeys(name for name in names if not name.endswith("_3")))
+        return diffusers.StableDiffusion3Pipeline(**parts, **text)
+    return diffusers.FluxPipeline(**parts, **text)
+
+
+def _text_parts(family: Family, config: Any, *, made: bool) -> dict[str, Any]:
+    """Text encoders and tokenizers of a transformer's pipeline, as wide as it reads them; None without `made`."""
+    if family == "pixart":
+        encoders: list[Callable[[], Any]] = [lambda: _t5(config.caption_channels)]
+    elif family == "sd3":
+        half = config.pooled_projection_dim // 2
+        clip = partial(_text_encoder, projection=True, width=half)
+        encoders = [clip, clip, lambda: _t5(config.joint_attention_dim)]
+    else:
+        clip = partial(_text_encoder, projection=False, width=config.pooled_projection_dim)
+        encoders = [clip, lambda: _t5(config.joint_attention_dim)]
+    parts: dict[str, Any] = {}
+    for number, encoder in zip(("", "_2", "_3"), encoders, strict=False):
+        network = encoder() if made else None
+        words = _t5_tokenizer if type(network).__name__ == "T5EncoderModel" else _tokenizer
+        parts |= {f"text_encoder{number}": network, f"tokenizer{number}": words() if made else None}
+    return parts
 
 
 def _vae(channels: int = 4, *, shift: float | None = None) -> Any:
@@ -126,23 +149,51 @@ def _vae(channels: int = 4, *, shift: float | None = None) -> Any:
     )
 
 
-def _text_encoder(*, projection: bool) -> Any:
+def _text_encoder(*, projection: bool, width: int = _TEXT_WIDTH) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     vocabulary = _vocabulary()
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
-        hidden_size=_TEXT_WIDTH,
-        intermediate_size=2 * _TEXT_WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,  # SDXL reads the last but one
         num_attention_heads=2,
         max_position_embeddings=_TOKENS,
-        projection_dim=_TEXT_WIDTH,
+        projection_dim=width,
         bos_token_id=vocabulary["<|startoftext|>"],
         eos_token_id=vocabulary["<|endoftext|>"],
         pad_token_id=vocabulary["<|endoftext|>"],
     )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def _t5(width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(_t5_vocabulary()),
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+    )
+    return T5EncoderModel(config).eval()
+
+
+def _t5_vocabulary() -> list[tuple[str, float]]:
+    """Pieces and their log likelihoods; the first three are T5's own."""
+    letters = [chr(code) for code in range(32, 127)]
+    return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((letter, -4.0) for letter in letters)]
+
+
+def _t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer(vocab=_t5_vocabulary(), extra_ids=0, additional_special_tokens=[])
 
 
 def _vocabulary() -> dict[str, int]:

@@ -16,6 +16,7 @@ from qdexport.build.audit import floating_mismatches
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities
 from qdexport.build.plan import engine_coverage
 from qdexport.capture.export import capture_network
+from qdexport.check.calls import sample_size
 from qdexport.check.companions import OnnxCompanion, companion_parity, try_pipeline
 from qdexport.check.engine_parity import write_golden
 from qdexport.check.onnx_denoiser import OnnxDenoiser
@@ -110,7 +111,8 @@ class CompanionStages:
         denoiser = read_network_facts(self.workspace.path("onnx")).io
         model = self.model()
         for name in names:
-            facts = companion_facts(model.loaded, name, denoiser, model.recipe.companions.body, self.target.name)
+            body, shapes = model.recipe.companions.body, model.recipe.shapes
+            facts = companion_facts(model.loaded, name, denoiser, body, self.target.name, shapes)
             self._export(facts)
 
     def build(self) -> None:
@@ -155,7 +157,7 @@ class CompanionStages:
                 nodes=file.nodes,
                 onnx_bytes=file.bytes,
             )
-            audited = audited_layers(file.path, facts.body, None)
+            audited = audited_layers(file.path, facts, None)
             self._results()[facts.network] = result.model_copy(update=audited)
             files = sorted(folder.iterdir(), key=lambda path: path == file.path)
             return [Made("companion_onnx", path) for path in files]
@@ -175,7 +177,7 @@ class CompanionStages:
             facts = read_companion_facts(path)
             options = BuildOptions(target=self.target, io=facts.io, compute_capabilities=capabilities)
             engine, plan = build_engine(path, folder, options, logger.info)
-            found = {"engine": engine, **audited_layers(path, facts.body, plan)}
+            found = {"engine": engine, **audited_layers(path, facts, plan)}
             self._results()[name] = self._results()[name].model_copy(update=found)
             return [
                 Made("companion_engine", folder / "model.engine"),
@@ -194,14 +196,13 @@ class CompanionStages:
             facts = read_companion_facts(self._onnx(name))
             source, variant = self._source(facts)
             pairs[name] = (load_companion(source, facts, variant), OnnxCompanion(self._onnx(name), facts))
-        images, shape = min(_IMAGES, validation.images), io.inputs[0].shape()
+        images = min(_IMAGES, validation.images)
         request = SampleRequest(
             prompts=tuple(prompts_for(model.loaded, images, validation.seed)),
             seed=validation.seed,
             steps=model.recipe.calibration.steps,
             guidance_scale=model.recipe.calibration.guidance_scale,
-            height=shape[2],
-            width=shape[3],
+            **sample_size(io),
         )
         denoiser = OnnxDenoiser(onnx_path, io, model.loaded.denoiser)
         trial = try_pipeline(model.loaded, request, denoiser, pairs)
@@ -257,25 +258,27 @@ class CompanionStages:
             workspace.report.stages.pop("validate:companions", None)
 
 
-def audited_layers(path: Path, body: str, plan: Plan | None) -> dict[str, Any]:
+def audited_layers(path: Path, facts: CompanionFacts, plan: Plan | None) -> dict[str, Any]:
     """Reads the types of weighted layers back from the ONNX file and from the kernel plan.
 
     Args:
         path: the ONNX file.
-        body: what they should be.
+        facts: what they should be.
         plan: None when no engine was built.
 
     Returns:
         ``layers``: how many of them are of which type as planned, in the file and in the engine; ``mismatches``: a
-        sentence for each that has another type than the body's.
+        sentence for each that has another type than planned.
     """
     emitted = {
         item["name"].rpartition("/")[0]: _PRECISIONS.get(item["weight"], item["weight"].lower())
         for item in onnx_facts(path)["layers"]
     }
     compiled = None if plan is None else engine_coverage(plan, list(emitted))
-    tables = {"planned": dict.fromkeys(emitted, body), "onnx": emitted, "engine": compiled or {}}
+    planned = {layer: facts.body_of(layer) for layer in emitted}
+    tables = {"planned": planned, "onnx": emitted, "engine": compiled or {}}
+    wide = {layer for layer, kind in planned.items() if kind != facts.body}
     return {
         "layers": {name: dict(sorted(Counter(table.values()).items())) for name, table in tables.items()},
-        "mismatches": floating_mismatches(body, emitted, compiled, plan),
+        "mismatches": floating_mismatches(facts.body, emitted, compiled, plan, wide),
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -158,7 +158,8 @@ def open_model(loaded: LoadedModel) -> tuple[LoadedModel, ModelSource | None]:
     if loaded.weights_dtype != "fp32":
         if loaded.folder is None:
             raise ModelError(f"{loaded.name} is in memory only, in {loaded.weights_dtype}; sensitivities need FP32")
-        loaded = load_model(loaded.folder, variant=loaded.variant, torch_dtype="fp32")
+        single = load_model(loaded.folder, variant=loaded.variant, torch_dtype="fp32")
+        loaded = replace(single, defaults=loaded.defaults)
     if loaded.folder is None:
         return loaded, None
     sha256 = weights_sha256(loaded.denoiser)

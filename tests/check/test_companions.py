@@ -17,8 +17,8 @@ from qdexport.models.companions import companion_facts, companion_of, example_co
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.load import load_model
 from qdexport.models.sampling import SampleRequest
-from qdexport.models.tiny import save_tiny_pipeline
-from qdexport.pipeline.companions import lower_companion
+from qdexport.models.tiny import TinyOptions, save_tiny_pipeline
+from qdexport.pipeline.companions import audited_layers, lower_companion
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +31,9 @@ TARGET = target_named("tensorrt-rtx")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tiny")
-    return {family: save_tiny_pipeline(root / family, family) for family in ("sd", "sdxl")}
+    made = {family: save_tiny_pipeline(root / family, family) for family in ("sd", "sdxl")}
+    options = TinyOptions(text_encoders=True)
+    return made | {family: save_tiny_pipeline(root / family, family, options) for family in ("pixart", "flux")}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def image_file(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
 def network(folder: Path, name: Any, body: Any, shapes: Shapes | None = None, outer: str = "fp32") -> Companion:
     loaded = load_model(folder)
     io = io_spec(loaded, shapes or Shapes(), outer)
-    return load_companion(folder, companion_facts(loaded, name, io, body, TARGET.name))
+    return load_companion(folder, companion_facts(loaded, name, io, body, TARGET.name, shapes or Shapes()))
 
 
 def lowered(companion: Companion, folder: Path) -> OnnxCompanion:
@@ -73,6 +75,8 @@ def types(path: Path) -> set[int]:
         # only the order of sums differs, some 1e-7 relative, more where a norm divides by a small deviation
         ("sdxl", "text_encoder_2", 110.0),
         ("sdxl", "vae_decoder", 100.0),
+        ("pixart", "text_encoder", 110.0),
+        ("flux", "text_encoder", 110.0),
     ],
 )
 def test_files_compute_what_pytorch_computes(
@@ -82,10 +86,31 @@ def test_files_compute_what_pytorch_computes(
     found = companion_parity(companion, lowered(companion, tmp_path / "onnx"), calls(companion))
     assert found.reasons == []
     assert found.verdict == "pass"
-    assert found.calls == 3
+    assert found.calls == 3 * companion.facts.io.inputs[0].dims[0].best
     assert found.sqnr_db >= least
     assert found.noise_floor_db < found.sqnr_db + 1
     assert types(tmp_path / "onnx" / "model.onnx") == {onnx.TensorProto.FLOAT}
+
+
+def test_t5_in_fp16_for_texts_of_any_length(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The file has FP32 weights in ``wo`` alone. Its stream exceeds FP16 and passes; a module inside that does not."""
+    companion = network(folders["pixart"], "text_encoder", "fp16", Shapes(batch=4, tokens=(8, 40)))
+    with torch.no_grad():
+        for name, item in companion.network.named_parameters():
+            if name.endswith("wo.weight"):
+                item.mul_(1e5)
+    file = lowered(companion, tmp_path / "onnx")
+    layers = audited_layers(file.path, companion.facts, None)
+    assert layers["layers"]["onnx"] == layers["layers"]["planned"] == {"fp16": 12, "fp32": 2}
+    assert layers["mismatches"] == []
+    short = {name: item[:, :8] for name, item in example_companion_inputs(companion, seed=9).items()}
+    drawn = [*calls(companion), short]
+    found = companion_parity(companion, file, drawn)
+    assert found.reasons == []
+    assert found.largest_activation < 65504
+    with torch.no_grad():
+        companion.network.get_submodule("encoder.block.1.layer.1.DenseReluDense.wi_1").weight.mul_(1e6)
+    assert "above 65504" in companion_parity(companion, file, drawn).reasons[0]
 
 
 def test_a_decoder_for_any_batch_and_size(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -111,7 +136,7 @@ def test_an_autoencoder_tiny(folders: dict[str, Path], tmp_path: Path) -> None:
         num_decoder_blocks=(1, 1),
     ).half()  # fmt: skip
     loaded.pipeline.register_modules(vae=vae)
-    facts = companion_facts(loaded, "vae_decoder", io_spec(loaded, Shapes(), "fp32"), "auto", TARGET.name)
+    facts = companion_facts(loaded, "vae_decoder", io_spec(loaded, Shapes(), "fp32"), "auto", TARGET.name, Shapes())
     companion = companion_of(vae, facts)
     found = companion_parity(companion, lowered(companion, tmp_path / "onnx"), calls(companion))
     assert (facts.body, found.verdict) == ("fp16", "pass")

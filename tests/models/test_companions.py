@@ -32,7 +32,8 @@ ALL = Companions()
 
 
 def facts_of(loaded: LoadedModel, name: Any, shapes: Shapes | None = None, body: Any = "auto") -> CompanionFacts:
-    return companion_facts(loaded, name, io_spec(loaded, shapes or Shapes(), "fp32"), body, "tensorrt-rtx")
+    shapes = shapes or Shapes()
+    return companion_facts(loaded, name, io_spec(loaded, shapes, "fp32"), body, "tensorrt-rtx", shapes)
 
 
 def dims(facts: CompanionFacts) -> dict[str, tuple[int, ...]]:

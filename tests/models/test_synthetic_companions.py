@@ -12,7 +12,9 @@ from qdexport.models.synthetic_companions import COMPANION_CONFIGS, _empty, rand
     ("name", "millions"),
     [
         ("sd15-vae", 49.49), ("sdxl-vae", 49.49), ("sd15-text", 123.06), ("sdxl-text", 123.06),
-        ("sd21-text", 340.39), ("sdxl-text-2", 694.66),
+        ("sd21-text", 340.39), ("sdxl-text-2", 694.66), ("sd3-vae", 49.55), ("flux-vae", 49.55),
+        ("sd3-text", 123.65), ("sd3-text-2", 694.66), ("flux-text", 123.06),
+        ("sd3-text-3", 4762.31), ("flux-text-2", 4762.31), ("pixart-text", 4762.31), ("t5-blocks", 903.39),
     ],
 )  # fmt: skip
 def test_sizes(name: str, millions: float) -> None:
@@ -22,7 +24,7 @@ def test_sizes(name: str, millions: float) -> None:
 
 
 def test_every_configuration_is_measured() -> None:
-    assert len(COMPANION_CONFIGS) == 6
+    assert len(COMPANION_CONFIGS) == 15
     with pytest.raises(ModelError, match="no synthetic network 'vae'; there are sd15-vae"):
         random_companion("vae", "tensorrt-rtx")
 

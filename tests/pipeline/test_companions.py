@@ -12,6 +12,7 @@ from qdexport.core.results import Manifest, Plan, Report
 from qdexport.errors import CaptureError
 from qdexport.models.companions import find_companions
 from qdexport.models.load import load_model
+from qdexport.models.tiny import TinyOptions, save_tiny_pipeline
 from qdexport.pipeline import companions
 from qdexport.pipeline.sampling import open_denoisers
 from tests.pipeline.conftest import SMALL
@@ -134,3 +135,22 @@ def test_a_network_that_cannot_be_captured_names_the_way_out(copy, qdexport, mon
 
 def test_a_model_that_is_not_sampled_has_no_networks(tiny_folder):
     assert find_companions(load_model(tiny_folder / "unet"), Companions()).names == ()
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+def test_whole_pipelines_of_transformers(family, tmp_path, qdexport):
+    """CLIP, T5 and the VAE beside the denoiser; T5 keeps two layers in FP32. FLUX packs its latents to tokens."""
+    folder = save_tiny_pipeline(tmp_path / family, family, TinyOptions(text_encoders=True))
+    sizes = ("--set", "shapes.height=8", "--set", "shapes.width=8", "--set", "shapes.tokens=96")
+    result = qdexport("compile", folder, "--recipe", "w8a8", "--out", tmp_path / "out", "--json", *SMALL, *sizes)
+    assert result.exit_code == 0, result.output
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert report.companions is not None
+    encoders = {"pixart": 1, "flux": 2, "sd3": 3}[family]
+    assert tuple(report.companions) == (*NAMES[:1], "text_encoder_2", "text_encoder_3")[:encoders] + NAMES[1:]
+    assert all(item.parity.verdict == "pass" and item.mismatches == [] for item in report.companions.values())
+    t5 = list(report.companions.values())[encoders - 1]
+    assert (t5.class_name, t5.layers["engine"]) == ("T5EncoderModel", {"fp16": 12, "fp32": 2})
+    assert report.whole_pipeline.verdict == "pass"
+    assert report.whole_pipeline.networks == ["denoiser", *report.companions]

@@ -12,6 +12,7 @@ from benchmarks.costs import machine
 from benchmarks.scale import moved
 from qdexport.build.engine import BuildOptions, build_engine
 from qdexport.core.io_spec import IoSpec
+from qdexport.emit.facts import read_companion_facts
 from qdexport.models.synthetic_companions import COMPANION_CONFIGS
 from qdexport.pipeline.companions import audited_layers
 
@@ -93,7 +94,7 @@ def run_companion(job: CompanionJob, progress: ProgressSink) -> dict[str, Any]:
         "engine_bytes": engine.bytes,
         **moved(plan, engine.compute_capabilities),
         **exported,
-        **audited_layers(path, exported["body"], plan),
+        **audited_layers(path, read_companion_facts(path), plan),
         "compute_capabilities": engine.compute_capabilities,
         "builder_version": engine.builder_version,
         "stages": stages,
