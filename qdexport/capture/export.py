@@ -18,6 +18,7 @@ from onnxscript.rewriter import rewrite
 from onnxscript.rewriter.rules import common as rules
 from torch import Tensor, nn
 
+from qdexport.capture.constants import crop_constants
 from qdexport.capture.dimensions import fixed_dimensions, name_dimensions
 from qdexport.capture.naming import name_nodes
 from qdexport.errors import CaptureError
@@ -173,6 +174,7 @@ def _simplify(model: ir.Model) -> None:
     for _ in range(_ROUNDS):
         fold_constants_ir(model, onnx_shape_inference=True, input_size_limit=_FOLDED_ELEMENTS)
         rewrite(model, _RULES)
+    crop_constants(model, above=_FOLDED_ELEMENTS)
     for graph_pass in (
         common_passes.RemoveUnusedNodesPass(),
         common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

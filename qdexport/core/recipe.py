@@ -253,7 +253,8 @@ class Companions(_Part):
         default="auto", description="auto: those that the model has and qdexport compiles; of a list each must be there"
     )
     body: Literal["auto", "fp32", "fp16"] = Field(
-        default="auto", description="auto: fp16, and fp32 for a VAE that overflows in fp16 by its own config"
+        default="auto",
+        description="auto: fp16 (of T5 not its residual stream and wo); fp32 for a VAE that overflows by its config",
     )
 
 
