@@ -37,11 +37,12 @@ def explanation(folder: Path, layer: str) -> list[dict[str, Any]]:
 def show_explanation(folder: Path, layer: str) -> None:
     """Prints it on stderr, so that ``--json`` stays the only thing on stdout."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=layer, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for title in ("pass", "what it did", "where, and why"):
         table.add_column(title)
     for item in explanation(folder, layer):
-        table.add_row(item["pass"], _WORDS[item["what"]], "\n".join(item["details"]))
+        table.add_row(item["pass"], _WORDS[item["what"]], escape("\n".join(item["details"])))
     Console(stderr=True, highlight=False).print(table)

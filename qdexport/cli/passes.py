@@ -27,8 +27,8 @@ def passes(name: str | None, as_json: bool) -> None:
     """List the compiler's passes in the order in which they run, or explain the pass NAME.
 
     Text encoders and VAE decoders get those for floating point only; what runs for them alone is listed last.
-    exact: all numbers stay (but for the order of sums in floating point). re-rounds: numbers may change in their last
-    places.
+    exact: all numbers stay (but for the order of sums in floating point and, in an FP16 body, for roundings that fall
+    away). re-rounds: numbers may change in their last places.
     """
     from qdexport.errors import RecipeError
     from qdexport.passes import DEFAULT_ORDER, FLOATING_POINT
@@ -55,6 +55,7 @@ def passes(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -62,5 +63,5 @@ def passes(name: str | None, as_json: bool) -> None:
     table.add_column("numbers", no_wrap=True)
     table.add_column("what it does")
     for row in rows:
-        table.add_row(str(row["name"]), str(row["numbers"]), str(row["what"]))
+        table.add_row(str(row["name"]), str(row["numbers"]), escape(str(row["what"])))
     Console(highlight=False).print(table)

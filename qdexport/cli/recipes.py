@@ -32,13 +32,14 @@ def recipes(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps({recipe.name: recipe.description for recipe in loaded}, indent=2))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it does")
     for recipe in loaded:
-        table.add_row(recipe.name, recipe.description)
+        table.add_row(escape(recipe.name), escape(recipe.description))
     Console(highlight=False).print(table)
 
 

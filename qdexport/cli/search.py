@@ -79,6 +79,7 @@ def _results(out: Path, options: dict[str, Any]) -> None:
 def show_search(facts: SearchFacts) -> None:
     """Prints every operator's forms with their costs, and the whole network before and after."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -87,7 +88,7 @@ def show_search(facts: SearchFacts) -> None:
         table.add_column(title)
     for entry in facts.entries:
         shape = ", ".join(f"{name} {value}" for name, value in entry.signature.items())
-        table.add_row(entry.operator, shape, f"[bold]{entry.form}[/]", "\n".join(map(str, entry.tried)))
+        table.add_row(entry.operator, escape(shape), f"[bold]{entry.form}[/]", escape("\n".join(map(str, entry.tried))))
     console.print(table)
     console.print(
         f"{facts.blocks} blocks; {facts.built} answers were worked out, {facts.found_again} found again "

@@ -17,6 +17,8 @@ def test_all_passes_in_their_order():
     assert all(row["what"].endswith(".") for row in rows)
     shown = CliRunner().invoke(cli, ["passes"]).stdout
     assert all(item.name in shown for item in DEFAULT_ORDER)
+    words = " ".join(shown.split())
+    assert "transformer blocks out as [length, batch, width]" in words  # no markup
 
 
 def test_one_pass_says_its_identity():
