@@ -23,6 +23,15 @@ LAYERS = {"q": "a.to_q", "k": "a.to_k", "v": "b.to_v"}
 SPEC = QuantSpec(bits=8)
 
 
+def stored(noise, name, scale):
+    """Codes, scale and zero point of one layer's weight."""
+    return {
+        f"c{name}": noise.integers(-7, 8, (K, WIDTHS[name])).astype(np.int8),
+        f"w{name}": np.asarray(scale, np.float32),
+        f"z{name}": np.zeros(np.shape(scale), np.int8),
+    }
+
+
 def network(graphs, noise, *, bias=(), scales=None, rows=1, dtype="float", int4=()):
     """Three layers behind one quantizer; all numbers are dyadic and small, so that every sum is exact, in FP16 too."""
     narrow = np.float32 if dtype == "float" else np.float16
@@ -45,11 +54,7 @@ def network(graphs, noise, *, bias=(), scales=None, rows=1, dtype="float", int4=
             f'["{module}.weight/Cast"] f{name} = Cast<to: int = {1 if dtype == "float" else 10}>(d{name})',
             f'["{module}/MatMul"] p{name} = MatMul(q_x, f{name})',
         ]
-        constants |= {
-            f"c{name}": noise.integers(-7, 8, (K, width)).astype(np.int8),
-            f"w{name}": scale.astype(np.float32),
-            f"z{name}": np.zeros(np.shape(scale), np.int8),
-        }
+        constants |= stored(noise, name, scale)
         last = f"p{name}"
         if name in bias:
             lines.append(f'["{module}/Add"] o{name} = Add({last}, b{name})')
@@ -161,11 +166,7 @@ def weight_only(graphs, noise, *, narrow=(), scales="per_block"):
             f'["{module}/MatMul"] p{name} = MatMul(x, d{name})',
             f'["out/Abs_{name}"] y{name} = Abs(p{name})',
         ]
-        constants |= {
-            f"c{name}": noise.integers(-7, 8, (K, width)).astype(np.int8),
-            f"w{name}": (0.5 ** noise.integers(1, 4, rows)).astype(np.float32),
-            f"z{name}": np.zeros(rows, np.int8),
-        }
+        constants |= stored(noise, name, 0.5 ** noise.integers(1, 4, rows))
     outputs = ", ".join(f"float[{B}, {L}, {width}] y{name}" for name, width in WIDTHS.items())
     model = graphs.model_of(f"float[{B}, {L}, {K}] u", outputs, "\n".join(lines), constants)
     for name in narrow:
