@@ -228,7 +228,9 @@ def _dynamic_shapes(io: IoSpec) -> tuple[dict[str, dict[int, Any] | None]] | Non
         dims = {}
         for axis, dim in enumerate(spec.dims):
             if dim.dynamic:
-                dims[axis] = symbols.setdefault(dim.name, torch.export.Dim.DYNAMIC(min=dim.low, max=dim.high))
+                # torch takes 0 and 1 for constants, so that 2 alone would be left of 1 to 2
+                high = max(dim.high, 3)
+                dims[axis] = symbols.setdefault(dim.name, torch.export.Dim.DYNAMIC(min=dim.low, max=high))
         shapes[spec.name] = dims or None
     return (shapes,) if symbols else None
 
