@@ -18,6 +18,7 @@ from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.io_spec import IoSpec
 from qdexport.core.results import Quality, QualityScores
 from qdexport.models.sampling import SampleRequest, call_count, prompts_for, sample, schedule
+from qdexport.models.shapes import IMAGE_SIZE
 from qdexport.models.shapes_evaluator import ShapesEvaluator, frechet_distance, load_evaluator, real_features
 from qdexport.quant.attach import QuantizedModel
 
@@ -81,7 +82,7 @@ def compare_quality(
         images[column] = sample(
             loaded, request, denoiser=denoiser, on_call=traces[column], on_progress=advance
         )
-    scores = _scores(images, list(request.prompts), _evaluator(model))
+    scores = _scores(images, list(request.prompts), _evaluator(model, images[_FP].shape[-2:]))
     quality = Quality(
         images=len(request.prompts),
         steps=len(schedule(loaded, request.steps)),
@@ -100,9 +101,10 @@ def _shifted(on_progress: OnProgress | None, before: int, total: int) -> OnProgr
     return lambda done, _: on_progress(before + done, total)
 
 
-def _evaluator(model: QuantizedModel) -> ShapesEvaluator | None:
+def _evaluator(model: QuantizedModel, size: tuple[int, ...]) -> ShapesEvaluator | None:
+    """The model's own judge, if it has one and its pictures are of the one size that it reads."""
     path = model.loaded.evaluator
-    return None if path is None else load_evaluator(path.parent.parent)
+    return None if path is None or size != (IMAGE_SIZE, IMAGE_SIZE) else load_evaluator(path.parent.parent)
 
 
 def _scores(

@@ -149,6 +149,9 @@ def _images(
     if quality is None:
         _note(workspace, "No images: the model came without a pipeline that samples it.")
         return None
+    if model.loaded.evaluator is not None and quality.fp.alignment is None:
+        size = " x ".join(map(str, images["fp"].shape[-2:]))
+        _note(workspace, f"The evaluator of {model.loaded.name} reads no images of {size}: they have no alignment.")
     folder = workspace.root / "images"
     save_images(folder, images, prompts_for(model.loaded, validation.images, validation.seed))
     return folder

@@ -5,7 +5,7 @@ import pytest
 
 from qdexport.check import quality as quality_module
 from qdexport.check.quality import compare_quality
-from qdexport.core.recipe import Recipe
+from qdexport.core.recipe import Recipe, Shapes
 from qdexport.core.results import Quality
 from qdexport.models.denoiser import io_spec
 from qdexport.models.load import load_model
@@ -70,6 +70,16 @@ def test_a_model_with_an_evaluator_is_judged_by_it(shapes: tuple[Quality, dict[s
     assert quality.fp.frechet_fp is None
     assert quality.quantized.frechet_fp is not None
     assert quality.quantized.frechet_fp < quality.quantized.frechet
+
+
+def test_an_evaluator_reads_its_own_size_only() -> None:
+    """A network for other sizes (a profile of a larger picture, for instance) is compared without it."""
+    model = shapes_model(8)
+    quality, images = compare_quality(model, None, io_spec(model.loaded, Shapes(height=16, width=8), "fp32"))
+    assert images["fp"].shape == (3, 3, 64, 32)
+    assert quality is not None
+    assert quality.quantized.mse is not None
+    assert (quality.fp.alignment, quality.quantized.frechet) == (None, None)
 
 
 def test_the_error_is_that_of_latents_on_their_own_ways(
