@@ -46,12 +46,11 @@ __all__ = ["Checked", "Draw", "FuzzError", "check_draw", "draw"]
 
 # A wrong wire makes outputs independent: -3 dB. Between passes the graph has an FP32 body, where passes give the same
 # numbers but for the order of sums (above 100 dB), and less only where that flips a code. Networks of a few bits come
-# down to 10 dB by that, and below it what rounding alone does to the same graph is measured, with a margin for the
-# draws. Whether codes are equal is for the comparison of layers to say.
+# down to 10 dB by that, and below it what rounding alone does to the same graph is measured. Whether codes are equal is
+# for the comparison of layers to say.
 _LEAST_WHOLE_DB = 10.0
 _ROUNDINGS = 6
 _ROUNDING = 2.0**-18  # 32 units in the last place: sums of hundreds of terms in another order differ by as much
-_MARGIN_DB = 3.0
 # their constants are steps and sizes
 _EXACT = frozenset({"QuantizeLinear", "DequantizeLinear", "FakeQuantize", "Resize"})
 
@@ -168,7 +167,7 @@ class _Shared:
         output = next(iter(evaluate(proto, self.feeds).values()))
         if self.output is not None and self.graph is not None:
             found = self.decibels[behind] = sqnr_db(self.output, output)
-            if not (found >= _LEAST_WHOLE_DB or found >= self._rounding_db(self.graph, self.output) - _MARGIN_DB):
+            if not (found >= _LEAST_WHOLE_DB or found >= self._rounding_db(self.graph, self.output)):
                 raise GraphPassError(f"{behind} changes the network's output: SQNR {found:.1f} dB")
         self.digest, self.output, self.graph = digest, output, proto
 
