@@ -107,5 +107,5 @@ def codes_alone(node: ir.Node) -> tuple[np.ndarray, np.ndarray]:
     )
     operands = [input_of(weight, 0), unit, zero]
     node.replace_input_with(1, writer.op("DequantizeLinear", operands, attributes, dtype=_FLOAT, shape=codes.shape))
-    sums = codes.astype(np.int64).sum(axis=tuple(i for i in range(codes.ndim) if i != axis))
+    sums = codes.sum(axis=tuple(i for i in range(codes.ndim) if i != axis), dtype=np.int64)  # no copy of the codes
     return np.broadcast_to(scale, sums.shape), sums.astype(np.float64)

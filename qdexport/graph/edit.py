@@ -161,8 +161,15 @@ def replace_value(old: ir.Value, new: ir.Value, *, keep: Sequence[ir.Node] = ())
 
 
 def remove_unused(model: ir.Model) -> bool:
-    """Removes nodes and constants that nobody reads."""
+    """Removes nodes and constants that nobody reads, and frees the constants.
+
+    Nodes and values refer to each other, so Python by itself would keep a large constant until its next collection.
+    """
+    before = dict(model.graph.initializers)
     result = common_passes.RemoveUnusedNodesPass()(model)
+    for name, value in before.items():
+        if name not in model.graph.initializers:
+            value.const_value = None
     return bool(result.modified)
 
 
