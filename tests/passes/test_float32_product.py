@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +25,7 @@ from qdexport.graph.evaluate import evaluate
 from qdexport.graph.probe import find_probes, weight_codes
 from qdexport.graph.runner import run_passes
 from qdexport.passes import default_passes
-from qdexport.passes.float32_product import multiply_in_float32
+from qdexport.passes.float32_product import codes_alone, multiply_in_float32
 from qdexport.passes.fold_adapters import FoldAdapters
 from qdexport.passes.lower_bitwidth import LowerBitwidth
 
@@ -217,3 +218,18 @@ def test_the_built_plan_computes_with_integers(graphs, noise, tmp_path, body, ki
     )
     _, built = build_engine(file.path, tmp_path / "engine", options)
     assert engine_coverage(built, LAYERS) == dict.fromkeys(LAYERS, "int8")
+
+
+def test_sums_of_codes_make_no_wide_copy(graphs):
+    """All keys and values of SDXL's text are one product: its codes as INT64 would be 1.3 GB."""
+    codes = np.random.default_rng(0).integers(-8, 8, (512, 2048)).astype(np.int8)
+    constants = graphs.weight_constants("w", codes, np.full(2048, 0.5))
+    body = graphs.weight_of("fc", "w", axis=1) + '\n["fc/MatMul"] y = MatMul(x, w)'
+    made = graphs.model_of("float[2,512] x", "float[2,2048] y", body, constants)
+    tracemalloc.start()
+    scales, sums = codes_alone(next(node for node in made.graph if node.op_type == "MatMul"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert np.array_equal(sums, codes.astype(np.int64).sum(axis=0))
+    assert (scales == 0.5).all()
+    assert peak < 2 * codes.size
