@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 
+from qdexport.core.layer_names import layers_of
 from qdexport.graph.dialect import CODE_FORMAT, DOMAIN, FAKE_QUANTIZE, LAYER_KEY
 from qdexport.graph.query import dtype_of, graph_of, module_of
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     Dimension = int | ir.SymbolicDim
+
+_LISTED = 3  # so many merged layers have their names in those of values
 
 __all__ = ["NodeWriter", "add_constant", "name_everything", "remove_unused", "replace_value"]
 
@@ -183,8 +186,17 @@ def name_everything(model: ir.Model) -> None:
         nodes_taken.add(node.name)
         for index, value in enumerate(node.outputs):
             if not value.name:
-                value.name = _free(f"{node.name}:{index}", ".", values_taken)
+                value.name = _free(f"{_short(node.name)}:{index}", ".", values_taken)
                 values_taken.add(value.name)
+
+
+def _short(name: str) -> str:
+    """A node's name for its values: of merged layers the first and how many more, or the keys and values of all texts
+    would have as many names of as many layers.
+    """
+    module, separator, kind = name.rpartition("/")
+    layers = layers_of(module)
+    return f"{layers[0]}+{len(layers) - 1}{separator}{kind}" if len(layers) > _LISTED else name
 
 
 def _free(name: str, separator: str, taken: set[str]) -> str:

@@ -135,6 +135,17 @@ def test_what_nobody_reads_is_removed() -> None:
     assert not remove_unused(made)
 
 
+def test_values_of_many_merged_layers_have_short_names() -> None:
+    """Keys and values of all text are one product: with full names its parts would take a megabyte of SDXL's file."""
+    made = model()
+    relu = at(made, "b/Relu")
+    relu.name = "+".join(f"block.{index}.to_k" for index in range(100)) + "/Split"
+    relu.outputs[0].name = None
+    name_everything(made)
+    assert relu.outputs[0].name == "block.0.to_k+99/Split:0"
+    assert relu.name.startswith("block.0.to_k+block.1.to_k+")  # which says what the node stands for
+
+
 def test_names_are_unique_and_stable() -> None:
     made = model()
     for node in made.graph:
