@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from qdexport.build.plan import COMPUTE_KINDS, compute_precision, is_fused_attention
 from qdexport.core.results import Plan
@@ -44,7 +44,7 @@ def floating_mismatches(
     onnx: Mapping[str, str],
     engine: Mapping[str, str] | None,
     plan: Plan | None,
-    wide: Collection[str] = (),
+    planned: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Finds what does not compute in the type of a floating-point network.
 
@@ -54,12 +54,12 @@ def floating_mismatches(
         engine: compute type of each layer in the kernel plan; ``missing`` for one that became part of something else
             (a constant), which is no mismatch.
         plan: the kernel plan, for products without weights (attention); None when no engine was built.
-        wide: layers that are FP32 in an FP16 body too.
+        planned: type of each layer, where some have another one than the body.
 
     Returns:
         One sentence per layer or kernel that differs.
     """
-    planned = {layer: "fp32" if layer in wide else body for layer in onnx}
+    planned = dict.fromkeys(onnx, body) if planned is None else planned
     found = [
         f"{layer}: planned {planned[layer]}, {kind} in the ONNX file"
         for layer, kind in onnx.items()

@@ -1,6 +1,7 @@
 """Crops large constants of which the network reads a part: SD3 has positions for 192 x 192 patches, at 64 x 64 used.
 
-Small ones are folded anyway, and a layer's weights are never cut. Numbers stay as they are.
+Small ones are folded anyway. The weights of a split layer stay whole: their parts are made when codes are computed from
+them, so that no second copy is in memory. Numbers stay as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.convenience import get_const_tensor
 
+from qdexport.graph.dialect import FAKE_QUANTIZE
+
 __all__ = ["crop_constants"]
+
+# a later Slice cuts more, the others read weights
+_NOT_FOR = frozenset({"Slice", FAKE_QUANTIZE, "Conv", "MatMul", "Gemm"})
 
 
 def crop_constants(model: ir.Model, above: int) -> int:
@@ -27,7 +33,7 @@ def crop_constants(model: ir.Model, above: int) -> int:
     made = 0
     for node in list(model.graph):
         result = node.outputs[0]
-        if node.op_type != "Slice" or any(user.op_type == "Slice" for user, _ in result.uses()):
+        if node.op_type != "Slice" or any(user.op_type in _NOT_FOR for user, _ in result.uses()):
             continue
         chain = _chain(node)
         source = chain[0].inputs[0]

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
+from qdexport.core.io_spec import Dim, IoSpec, Profile, TensorSpec
 from qdexport.core.recipe import Shapes
 from qdexport.errors import RecipeError
 from qdexport.models.denoiser_calls import call_denoiser, example_inputs, named_inputs
@@ -101,7 +101,7 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
         raise RecipeError(f"no body type {body!r}; use {' or '.join(_BODY_DTYPES)}")
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
     config, dtype = config_of(denoiser), _BODY_DTYPES[body]
-    ranges, profiles = dims_of(shapes, _own_sizes(model, denoiser), size_multiple(denoiser))
+    ranges, profiles = _ranges(model, denoiser, shapes)
     batch, height, width = (ranges[name] for name in ("batch", "height", "width"))
     check_size(denoiser, height, width)
     packed = packed_tokens(denoiser, height, width)
@@ -133,7 +133,7 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
 
 def latent_dims(loaded: LoadedModel, shapes: Shapes) -> tuple[Dim, Dim]:
     """Height and width of the latent, also of a denoiser whose samples are packed to tokens. Raises as io_spec does."""
-    ranges, _ = dims_of(shapes, _own_sizes(loaded, loaded.denoiser), size_multiple(loaded.denoiser))
+    ranges, _ = _ranges(loaded, loaded.denoiser, shapes)
     return ranges["height"], ranges["width"]
 
 
@@ -147,14 +147,19 @@ def sized(loaded: LoadedModel, shapes: Shapes) -> LoadedModel:
         RecipeError: as :func:`io_spec`, or the pipeline makes no texts of that length.
     """
     denoiser, defaults = loaded.denoiser, loaded.defaults
+    ranges, _ = _ranges(loaded, denoiser, shapes)
     if latent_size(denoiser) == (None, None) or family_of(denoiser) in (SD3, FLUX):
-        height, width = latent_dims(loaded, shapes)
-        defaults = replace(defaults, height=height.best, width=width.best)
+        defaults = replace(defaults, height=ranges["height"].best, width=ranges["width"].best)
     if text_tokens(denoiser, loaded.pipeline) is not None:
-        ranges, _ = dims_of(shapes, _own_sizes(loaded, denoiser), size_multiple(denoiser))
-        check_text_length(denoiser, loaded.pipeline, ranges["tokens"].best)
+        check_text_length(denoiser, loaded.pipeline, ranges["tokens"])
         defaults = replace(defaults, tokens=ranges["tokens"].best)
     return replace(loaded, defaults=defaults)
+
+
+def _ranges(
+    model: LoadedModel | nn.Module, denoiser: nn.Module, shapes: Shapes
+) -> tuple[dict[str, Dim], tuple[Profile, ...]]:
+    return dims_of(shapes, _own_sizes(model, denoiser), size_multiple(denoiser))
 
 
 def _image(batch: Dim, packed: Dim | None, height: Dim, width: Dim, channels: int) -> tuple[Dim, ...]:

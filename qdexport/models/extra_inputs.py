@@ -16,6 +16,7 @@ from qdexport.models.denoiser_classes import DIT, FLUX, PIXART, SD3, config_of, 
 __all__ = [
     "check_size",
     "check_text_length",
+    "clip_tokens",
     "guidance_inputs",
     "packed_tokens",
     "residual_inputs",
@@ -39,29 +40,36 @@ def text_tokens(denoiser: nn.Module, pipeline: Any | None) -> int | None:
     own = known.get("max_sequence_length")
     if own is None or own.default is inspect.Parameter.empty:
         return _TOKENS[family]
-    return _clip_tokens(denoiser, pipeline) + int(own.default)
+    return _clip_part(denoiser, pipeline) + int(own.default)
 
 
 def sequence_length(denoiser: nn.Module, pipeline: Any, tokens: int) -> int:
     """The pipeline's ``max_sequence_length`` that makes texts of some length: SD3's is T5's part, behind CLIP's."""
-    return tokens - _clip_tokens(denoiser, pipeline)
+    return tokens - _clip_part(denoiser, pipeline)
 
 
-def check_text_length(denoiser: nn.Module, pipeline: Any | None, tokens: int) -> None:
+def check_text_length(denoiser: nn.Module, pipeline: Any | None, tokens: Dim) -> None:
     """Refuses texts that the pipeline cannot make.
 
     Raises:
         RecipeError: nothing is left for T5 behind CLIP's tokens, or the pipeline takes no such length.
     """
-    clip = _clip_tokens(denoiser, pipeline)
+    clip = _clip_part(denoiser, pipeline)
     longest = _LONGEST.get(family_of(denoiser))
-    if tokens <= clip or (longest is not None and tokens > clip + longest):
+    if tokens.low <= clip or (longest is not None and tokens.best > clip + longest):
         kind, most = family_of(denoiser), "or more" if longest is None else f"to {clip + longest}"
-        raise RecipeError(f"shapes.tokens is {tokens}, and pipelines of {kind} make texts of {clip + 1} {most}")
+        asked = tokens.low if tokens.low <= clip else tokens.best
+        raise RecipeError(f"shapes.tokens is {asked}, and pipelines of {kind} make texts of {clip + 1} {most}")
 
 
-def _clip_tokens(denoiser: nn.Module, pipeline: Any | None) -> int:
-    return int(getattr(pipeline, "tokenizer_max_length", 77)) if family_of(denoiser) == SD3 else 0
+def clip_tokens(pipeline: Any | None) -> int:
+    """The text length of a pipeline's CLIP encoders."""
+    return int(getattr(pipeline, "tokenizer_max_length", 77))
+
+
+def _clip_part(denoiser: nn.Module, pipeline: Any | None) -> int:
+    """How many tokens of the denoiser's text are CLIP's, in front of T5's."""
+    return clip_tokens(pipeline) if family_of(denoiser) == SD3 else 0
 
 
 def check_size(denoiser: nn.Module, height: Dim, width: Dim) -> None:

@@ -67,14 +67,14 @@ class _Encoded:
 
     def __init__(self, facts: CompanionFacts, outputs: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         values = [outputs[spec.name].to(dtype) for spec in facts.io.outputs]
-        self._network, self._pooled = facts.network, facts.pooled
-        self._values: dict[str, Any] = {}
+        self._network = facts.network
+        self._values: dict[str, Any] = {} if facts.pooled is None else {facts.pooled: values[-1]}
         if facts.hidden_layer is not None:
-            hidden = values.pop(0)
-            # a pipeline that reads earlier layers drops the last ones, but may ask for them
-            self._values |= {"last_hidden_state": hidden, "hidden_states": _Layers(facts, hidden)}
-        if facts.pooled is not None:
-            self._values[facts.pooled] = values.pop(0)
+            self._values["hidden_states"] = _Layers(facts, values[0])
+        if facts.hidden_layer == -1:
+            self._values["last_hidden_state"] = values[0]
+        # [0] of a model with a projection is the projected pooled text; of another SDXL only counts the axes
+        self._first = None if facts.pooled == "pooler_output" else values[-1]
 
     def __getattr__(self, name: str) -> Any:
         values = self.__dict__.get("_values", {})
@@ -83,11 +83,9 @@ class _Encoded:
         return values[name]
 
     def __getitem__(self, index: int) -> Tensor:
-        if index != 0:
-            raise ModelError(f"the compiled text encoder has no output {index}")
-        # [0] of a model with a projection is the projected pooled text
-        value: Tensor = getattr(self, "text_embeds" if self._pooled == "text_embeds" else "last_hidden_state")
-        return value
+        if index != 0 or self._first is None:
+            raise ModelError(f"the compiled {self._network} has no output {index}")
+        return self._first
 
 
 class _Layers:

@@ -12,6 +12,7 @@ from qdexport.core.companion_facts import CompanionName
 from qdexport.core.recipe import Shapes
 from qdexport.errors import ModelError
 from qdexport.models.companions import Companion, companion_facts, companion_of
+from qdexport.models.denoiser_classes import FLUX, TRANSFORMERS, family_of
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
 from qdexport.models.synthetic import empty_unet, fill_randomly
@@ -198,15 +199,15 @@ def _around(chosen: CompanionConfig, network: Any, name: str) -> LoadedModel:
         if chosen.network != "vae_decoder":
             parts |= {"text_encoder": network, "text_encoder_2": network}
     parts["vae" if chosen.network == "vae_decoder" else chosen.network] = network
-    size = _SIZES.get(chosen.denoiser, 128)
-    cfg = chosen.denoiser != "flux-blocks"  # distilled guidance
+    denoiser, size = empty_unet(chosen.denoiser), _SIZES.get(chosen.denoiser, 128)
+    cfg = family_of(denoiser) != FLUX  # whose guidance is distilled
     defaults = SamplingDefaults(steps=25, guidance_scale=7.5, height=size, width=size, cfg=cfg)
     return LoadedModel(
         name=name,
         folder=None,
         pipeline=SimpleNamespace(**parts),
-        denoiser=empty_unet(chosen.denoiser),
-        component="unet" if chosen.denoiser.startswith("sd") and chosen.denoiser != "sd3" else "transformer",
+        denoiser=denoiser,
+        component="transformer" if family_of(denoiser) in TRANSFORMERS else "unet",
         scheduler=None,
         weights_dtype="fp16",
         evaluator=None,

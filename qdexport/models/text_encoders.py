@@ -23,6 +23,7 @@ from qdexport.core.companion_facts import CompanionFacts, CompanionName
 from qdexport.core.io_spec import Dim, IoSpec, Role, TensorSpec
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_classes import FLUX, PIXART, SD3, config_of, family_of
+from qdexport.models.extra_inputs import check_text_length, clip_tokens
 from qdexport.models.loaded import LoadedModel
 
 __all__ = ["ENCODERS", "encoder_facts", "text_encoder", "why_no_encoder", "wide_modules"]
@@ -115,7 +116,8 @@ def encoder_facts(
         denoiser: inputs and outputs of the exported denoiser.
 
     Raises:
-        ModelError: the text is longer than the encoder allows, or too short to hold what the others give.
+        ModelError: the text is longer than the encoder allows.
+        RecipeError: it is too short to hold what the others give.
     """
     text = denoiser.by_role("text")
     if text is None:
@@ -267,11 +269,10 @@ def _is_xl(loaded: LoadedModel) -> bool:
 
 def _tokens(loaded: LoadedModel, name: CompanionName, encoder: Any, tokens: Dim) -> Dim:
     """How many tokens an encoder reads, where the denoiser reads ``tokens``."""
-    clip = int(getattr(loaded.pipeline, "tokenizer_max_length", 77))
+    clip = clip_tokens(loaded.pipeline)
     family = family_of(loaded.denoiser)
     if family == SD3 and name == "text_encoder_3":
-        if tokens.low <= clip:
-            raise ModelError(f"shapes.tokens is {tokens.low}, of which {clip} are CLIP's: none is left for the {name}")
+        check_text_length(loaded.denoiser, loaded.pipeline, tokens)
         ends = {end: getattr(tokens, end) - clip for end in ("low", "best", "high")}
         return tokens.model_copy(update=ends)
     if family in (SD3, FLUX) and type(encoder).__name__ in _CLIP:

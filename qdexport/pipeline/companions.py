@@ -277,8 +277,7 @@ def audited_layers(path: Path, facts: CompanionFacts, plan: Plan | None) -> dict
     compiled = None if plan is None else engine_coverage(plan, list(emitted))
     planned = {layer: facts.body_of(layer) for layer in emitted}
     tables = {"planned": planned, "onnx": emitted, "engine": compiled or {}}
-    wide = {layer for layer, kind in planned.items() if kind != facts.body}
     return {
         "layers": {name: dict(sorted(Counter(table.values()).items())) for name, table in tables.items()},
-        "mismatches": floating_mismatches(facts.body, emitted, compiled, plan, wide),
+        "mismatches": floating_mismatches(facts.body, emitted, compiled, plan, planned),
     }

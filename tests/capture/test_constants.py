@@ -18,7 +18,8 @@ def graph(body: str) -> ir.Model:
     text = f"""<ir_version: 10, opset_import: ["" : 20]>
     network (float16[N, 4, 6, 8] x, int64[1] start) => (float16[N, 4, 6, 8] y)
     <int64[4] square = {{1, 24, 36, -1}}, int64[1] a = {{2}}, int64[1] b = {{6}}, int64[1] one = {{1}},
-     int64[1] two = {{2}}, int64[1] c = {{-7}}, int64[1] d = {{9223372036854775807}}> {{ {body} }}"""
+     int64[1] two = {{2}}, int64[1] c = {{-7}},
+     int64[1] d = {{9223372036854775807}}, int64[1] f = {{10}}> {{ {body} }}"""
     model = parser.parse_model(text)
     model.graph.initializer.append(numpy_helper.from_array(TABLE, "table"))
     return ir.from_proto(model)
@@ -61,6 +62,7 @@ def test_a_chain_of_views_becomes_one_small_constant() -> None:
     [
         (CROPPED + " y = Add(x, r)", TABLE.size),  # small constants are folded elsewhere
         (LATE, 1),
+        ("s = Slice(table, a, f, one) y = MatMul(x, s)", 1),  # a weight
         ("s = Slice(table, a, d, two) m = ReduceMax <keepdims = 0> (s) y = Mul(x, m)", TABLE.size),
         ("s = Reshape(table, square) m = ReduceMax <keepdims = 0> (s) y = Mul(x, m)", 1),  # nothing is cut
     ],

@@ -184,6 +184,8 @@ def test_skipping_layers_is_refused(tiny_folders: dict[str, Path]) -> None:
     with torch.no_grad(), in_place_of_parts(loaded.pipeline, functions):
         result = loaded.pipeline.text_encoder(torch.arange(77).unsqueeze(0), output_hidden_states=True)
         assert result[0] is result.hidden_states[-2]
+        with pytest.raises(ModelError, match="has no last_hidden_state, only hidden_states"):  # another layer's
+            result.last_hidden_state  # noqa: B018  reading it is what fails
         with pytest.raises(ModelError, match="reads -3: leave clip_skip out"):
             result.hidden_states[-3]
         with pytest.raises(ModelError, match="no output -1"):

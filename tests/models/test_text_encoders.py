@@ -83,7 +83,7 @@ def test_sizes_of_flux_and_of_text(folders: dict[str, Path]) -> None:
     t5, clip = (facts_of(folders["sd3"], name, texts) for name in ("text_encoder_3", "text_encoder"))
     assert [t5.io.inputs[0].shape(end) for end in ("low", "high")] == [(1, 1), (1, 128)]  # type: ignore[arg-type]
     assert not clip.io.dynamic_dims
-    with pytest.raises(ModelError, match=r"shapes.tokens is 77, of which 77 are CLIP's: none is left"):
+    with pytest.raises(RecipeError, match=r"shapes.tokens is 77, and pipelines of SD3\w+ make texts of 78 to 589"):
         facts_of(folders["sd3"], "text_encoder_3", Shapes(height=8, width=8, tokens=77))
 
 
@@ -126,6 +126,8 @@ def test_texts_have_the_length_of_the_recipe(
         if (family, length) == ("sd3", 77):
             with pytest.raises(RecipeError, match=r"is 77, and pipelines of SD3\w+ make texts of 78 to 589"):
                 sized(loaded, asked)
+            with pytest.raises(RecipeError, match=r"is 64, and pipelines"):  # the low end of a range
+                sized(loaded, SMALL.model_copy(update={"tokens": (64, 96, 333)}))
         elif (family, length) in {("sd3", 600), ("flux", 600)}:
             with pytest.raises(RecipeError, match=r"shapes.tokens is 600"):
                 sized(loaded, asked)
@@ -140,6 +142,8 @@ def test_what_a_pipeline_may_not_read(folders: dict[str, Path]) -> None:
         result = loaded.pipeline.text_encoder(torch.arange(77).unsqueeze(0))
         assert result.pooler_output.shape == (1, 16)
         with pytest.raises(ModelError, match="the compiled text_encoder has no last_hidden_state, only pooler_output"):
+            result.last_hidden_state  # noqa: B018  reading it is what fails
+        with pytest.raises(ModelError, match="the compiled text_encoder has no output 0"):
             result[0]
 
 
