@@ -235,7 +235,7 @@ def _write(path: str, data: Any) -> None:
         with Path(path).open("wb") as stream:
             stream.write(data)
     except OSError as error:
-        _cannot_write(f"cannot write {path}: {error.strerror}")
+        _cannot_write(f"cannot write {path}: [Errno {error.errno}] {error.strerror}")
 
 
 def _cannot_write(message: str) -> NoReturn:

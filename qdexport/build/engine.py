@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from qdexport.build.plan import kernel_counts, parse_plan
 from qdexport.build.process import BuildJob, run_child
 from qdexport.core.files import atomic_path
 from qdexport.core.results import EngineFacts, Plan, ProfileFacts
+from qdexport.core.writing import unexplained_failure, write_failure
 from qdexport.errors import BuildError, MissingDependencyError, OutputError, RecipeError
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ _DEVICES = {
     "12.1": "GB10",
 }
 _EXTRAS = {"tensorrt_rtx": "cpu", "tensorrt": "gpu"}
+_CANNOT_WRITE = re.compile(r"^ERROR: cannot write (.+): \[Errno (\d+)\]", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,11 +149,20 @@ def build_engine(
     return facts, plan
 
 
+def _cannot_write(log: Path) -> OutputError:
+    """What the builder could not write: the last line of its log says it, unless it was the log."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    told = _CANNOT_WRITE.findall(text)
+    if not told:
+        return unexplained_failure(log)
+    path, number = Path(told[-1][0]), int(told[-1][1])
+    place = log.parent if path.name.startswith(".") else path  # a temporary name means nothing to a user
+    return write_failure(OSError(number, os.strerror(number)), place) or unexplained_failure(place)
+
+
 def _failure(run: ChildRun, onnx_path: Path, log_path: Path, options: BuildOptions) -> Exception:
     if run.returncode == CANNOT_WRITE:
-        return OutputError(
-            f"the builder cannot write to {log_path.parent}; free some space or choose another output folder"
-        )
+        return _cannot_write(log_path)
     target = options.target
     if run.result is not None and run.result["stage"] == "gpu":
         return MissingDependencyError(

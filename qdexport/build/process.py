@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qdexport.core.writing import scratch_folder
 from qdexport.errors import BuildError
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def run_child(job: BuildJob, on_progress: Callable[[str], None] | None = None) -
 
     Raises:
         BuildError: the process could not be started.
+        OutputError: temporary files cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="qdexport-build-") as name:
-        folder = Path(name)
+    with scratch_folder("qdexport-build-") as folder:
         spec = _spec(job, folder)
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         started = time.monotonic()

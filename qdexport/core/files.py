@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qdexport.errors import OutputError
+from qdexport.core.writing import output_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,13 +28,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder is read-only, the disk is full, or the path cannot be created.
     """
-    with _output_errors(path):
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     partial = Path(name)
     try:
-        with _output_errors(path):
+        with output_errors(path):
             yield partial
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
@@ -51,11 +51,11 @@ def atomic_dir(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the parent folder is read-only, or the disk is full.
     """
-    with _output_errors(path):
+    with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        with _output_errors(path):
+        with output_errors(path):
             yield partial
             partial.chmod(0o777 & ~_umask())
             if path.exists():
@@ -98,22 +98,6 @@ def tree_sha256(path: Path) -> str:
 def digest_of(*values: Any) -> str:
     """A SHA-256 over JSON-able values, independent of the order of dictionary keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as error:
-        raise OutputError(f"cannot write {path}: permission denied; choose another output folder") from error
-    except NotADirectoryError as error:
-        raise OutputError(f"cannot write {path}: a part of this path is a file, not a folder") from error
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another output folder"
-        ) from error
 
 
 def _umask() -> int:

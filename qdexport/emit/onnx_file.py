@@ -13,6 +13,7 @@ import onnx_ir.passes.common as common_passes
 
 from qdexport import __version__
 from qdexport.core.files import atomic_dir
+from qdexport.core.writing import output_errors
 from qdexport.emit.external import write_external
 from qdexport.emit.legal import check_legal
 from qdexport.errors import EmitError
@@ -65,7 +66,7 @@ def emit(model: ir.Model, folder: Path, target: Target, metadata: dict[str, str]
     weight_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
-    with atomic_dir(folder) as partial:
+    with atomic_dir(folder) as partial, output_errors(folder, weight_bytes):
         path = partial / MODEL_FILE
         if weight_bytes > _SINGLE_FILE_BYTES:
             _save_with_data(model, path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import onnx_ir as ir
 
 from qdexport.core.forms import Choice, FormTable, Signature, shipped_forms
+from qdexport.core.writing import output_errors
 from qdexport.errors import GraphPassError, QdExportError
 from qdexport.graph.edit import name_everything
 
@@ -165,10 +166,10 @@ def run_passes(
             report.seconds,
         )
         if dump_dir is not None:
-            dump_dir.mkdir(parents=True, exist_ok=True)
-            ir.save(
-                model, dump_dir / f"{index:02d}-{report.name}.onnx", external_data=f"{index:02d}-{report.name}.data"
-            )
+            name = f"{index:02d}-{report.name}"
+            with output_errors(dump_dir):
+                dump_dir.mkdir(parents=True, exist_ok=True)
+                ir.save(model, dump_dir / f"{name}.onnx", external_data=f"{name}.data")
         reports.append(report)
     return reports
 

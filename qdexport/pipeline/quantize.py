@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ import torch
 from qdexport.core.bit_plan import BitPlan, apply_bit_plan
 from qdexport.core.formats import check_formats
 from qdexport.core.recipe import StepGroups
+from qdexport.core.writing import scratch_folder
 from qdexport.models.denoiser import layer_macs, shortcut_splits, smallest_io, trace_denoiser
 from qdexport.models.denoiser_io import io_spec, sized
 from qdexport.quant.attach import QuantizedModel, quantize_model
@@ -149,7 +149,7 @@ def _allocate(
     from qdexport.quant.tasks import usual_workers
 
     with contextlib.ExitStack() as stack:
-        folder = settings.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qdexport-sweep-")))
+        folder = settings.folder or stack.enter_context(scratch_folder("qdexport-sweep-"))
         run = SweepRun(folder=folder, workers=usual_workers(settings.workers, settings.ray), progress=progress)
         plan = allocate_bits(loaded, plans, recipe, observations, settings.target, run)
         plan.save(folder / BIT_PLAN_FILE)

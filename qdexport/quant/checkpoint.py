@@ -45,6 +45,7 @@ from qdexport import __version__
 from qdexport.core.files import atomic_dir
 from qdexport.core.recipe import load_recipe
 from qdexport.core.spec import NVFP4_BLOCK, LayerPlan
+from qdexport.core.writing import output_errors
 from qdexport.errors import ModelError, OutputError
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.load import load_model
@@ -116,7 +117,8 @@ def save_quantized(model: QuantizedModel, folder: Path, *, with_weights: bool = 
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
         raise OutputError(f"{folder} is not empty and no quantized checkpoint; choose another folder")
-    with atomic_dir(folder) as fresh:
+    needs = sum(tensor.nbytes for tensor in model.denoiser.state_dict().values()) if with_weights else None
+    with atomic_dir(folder) as fresh, output_errors(folder, needs):
         if with_weights:
             _save_weights(model, fresh)
         metadata = {_METADATA_KEY: _facts(model, with_weights)}

@@ -66,7 +66,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor], metadata: M
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
-            _checked(name, tensors[name]).tofile(file)
+            # not tofile: it counts the bytes that arrived and does not say why they are too few
+            file.write(_checked(name, tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def _checked(name: str, tensor: LazyTensor) -> NDArray[Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from qdexport.build.engine import BuildOptions, build_engine, require_builder
 from qdexport.build.plan_cost import plan_cost
 from qdexport.core.io_spec import IoSpec
+from qdexport.core.writing import scratch_folder
 from qdexport.emit.onnx_file import MODEL_FILE, emit
 from qdexport.errors import BuildError, RecipeError
 
@@ -89,8 +88,7 @@ class BuilderJudge:
         Raises:
             BuildError: the builder refuses it.
         """
-        with tempfile.TemporaryDirectory(prefix="qdexport-search-") as name:
-            folder = Path(name)
+        with scratch_folder("qdexport-search-") as folder:
             emit(model.clone(), folder / "onnx", self._target, {})
             options = BuildOptions(
                 target=self._target,

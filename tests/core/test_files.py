@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import stat
-import subprocess
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -68,54 +65,6 @@ def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, {"a": float("nan")})
     assert path.read_text(encoding="utf-8") == text
     assert names(tmp_path) == ["report.json"]
-
-
-@pytest.mark.parametrize(
-    ("number", "message"),
-    [
-        (errno.ENOSPC, "No space left on device; free some space or choose another output folder"),
-        (errno.EDQUOT, "Disk quota exceeded; free some space or choose another output folder"),
-        (errno.EROFS, "Read-only file system; free some space or choose another output folder"),
-        (errno.EACCES, "permission denied; choose another output folder"),
-        (errno.ENOTDIR, "a part of this path is a file, not a folder"),
-    ],
-)
-@pytest.mark.parametrize("when", ["creating", "writing"])
-def test_the_system_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str, when: str
-) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise OSError(number, os.strerror(number), str(tmp_path))
-
-    if when == "creating":
-        monkeypatch.setattr("tempfile.mkstemp", refuse)
-    else:
-        monkeypatch.setattr(Path, "write_text", refuse)
-    path = tmp_path / "report.json"
-    with pytest.raises(OutputError, match=f"cannot write {path}: {message}") as caught:
-        write_text(path, "text")
-    assert isinstance(caught.value.__cause__, OSError)
-    assert caught.value.exit_code == 10
-    assert names(tmp_path) == []
-
-
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """A child process may write 4 KiB at most; the fifth stays behind nowhere."""
-    code = f"""
-import resource, signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-from pathlib import Path
-from qdexport.core.files import write_text
-from qdexport.errors import OutputError
-try:
-    write_text(Path({str(tmp_path)!r}) / "big.txt", "x" * 100_000)
-except OutputError as error:
-    print(error)
-"""
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "big.txt: File too large; free some space" in child.stdout
-    assert names(tmp_path) == []
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
