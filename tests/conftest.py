@@ -1,4 +1,4 @@
-"""What all tests share: an offline, single-threaded process, fixed seeds, and where the repository is."""
+"""What all tests share: an offline process of one thread, fixed seeds, and where the repository is."""
 
 from __future__ import annotations
 
@@ -7,20 +7,27 @@ import random
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-from hypothesis import settings
-
-SEED = 20240607
-
-# read when torch and its like are first imported: workers of pytest-xdist would compete for every core
-for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_variable, "1")
+# read when numpy and torch are first imported: tensors of tests are tiny, and workers of pytest-xdist would compete for
+# every core. `OMP_NUM_THREADS=2 pytest` runs with two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+SEED = 20240607
+
 # the same examples in every run, and no verdict by the clock of a busy machine
-settings.register_profile("fixed", derandomize=True, deadline=None, database=None, max_examples=200)
+settings.register_profile(
+    "fixed",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=200,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("fixed")
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 import pytest
-import torch
 
 from qdexport.check.calls import check_calls
 from qdexport.core.io_spec import IoSpec
@@ -38,15 +37,6 @@ class Compiled:
     path: Path
     io: IoSpec
     calls: list[DenoiserCall]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # tiny tensors: a second thread costs more than it brings
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

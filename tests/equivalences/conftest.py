@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from onnx import numpy_helper
 
 from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
@@ -21,15 +20,6 @@ from qdexport.models.tiny import save_tiny_pipeline
 
 MakeGraph = Callable[[str, str, str, Mapping[str, np.ndarray]], ir.Model]
 MakeContext = Callable[..., PassContext]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # tiny tensors: a second thread costs more than it brings
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,11 @@ from qdexport.passes.fold_adapters import FoldAdapters
 LINEAR = "to_q.weight_quantizer"
 
 
+# One input at a time: each output is one weight, which is exact in whatever order BLAS adds it to zeros. It is given
+# the weight transposed before the pass, and as it lies behind it.
+UNITS = np.eye(8, dtype=np.float32)
+
+
 def linear(graphs, constants, expression="", *, operand="w", axis=0, bounds=(-128, 127), body="float"):
     """``x -> MatMul`` with a weight ``[out 3, in 8]`` that is quantized, then transposed as torch does."""
     lines = [expression] if expression else []
@@ -25,7 +30,7 @@ def linear(graphs, constants, expression="", *, operand="w", axis=0, bounds=(-12
         '["to_q/Transpose"] wt = Transpose<perm: ints = [1,0]>(wq)',
         '["to_q/MatMul"] y = MatMul(x, wt)',
     ]
-    return graphs.model_of(f"{body}[2,8] x", f"{body}[2,3] y", "\n".join(lines), constants)
+    return graphs.model_of(f"{body}[8,8] x", f"{body}[8,3] y", "\n".join(lines), constants)
 
 
 def constants_of(noise, **more):
@@ -52,7 +57,7 @@ def folded(ran, layer="to_q"):
 
 def test_a_transposed_linear_weight(graphs, noise):
     constants = constants_of(noise)
-    ran = graphs.run(linear(graphs, constants), FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)})
+    ran = graphs.run(linear(graphs, constants), FoldAdapters(), {"x": UNITS})
     assert ran.ops == ["DequantizeLinear", "MatMul"]
     codes, scale, axis = folded(ran)
     assert axis == 1
@@ -71,7 +76,7 @@ def test_codes_are_those_of_torch(graphs, noise):
     from qdexport.quant.affine import quantize_codes
 
     constants = constants_of(noise)
-    ran = graphs.run(linear(graphs, constants), FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
+    ran = graphs.run(linear(graphs, constants), FoldAdapters(), {"x": UNITS})
     weight, scale = torch.from_numpy(constants["w"]), torch.from_numpy(constants["s"].T.copy())
     expected = quantize_codes(weight, scale, torch.zeros(1), -128, 127)
     np.testing.assert_array_equal(folded(ran)[0].T, expected.numpy())
@@ -79,7 +84,7 @@ def test_codes_are_those_of_torch(graphs, noise):
 
 def test_one_scale_for_the_whole_weight(graphs, noise):
     constants = constants_of(noise) | {"s": np.float32([0.3]), "z": np.float32([0])}
-    ran = graphs.run(linear(graphs, constants, axis=-1), FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
+    ran = graphs.run(linear(graphs, constants, axis=-1), FoldAdapters(), {"x": UNITS})
     _, scale, axis = folded(ran)
     assert axis is None
     assert scale.shape == ()
@@ -124,7 +129,7 @@ def test_constant_expressions(graphs, noise, expression, more):
         "r": noise.uniform(0.5, 2, (1, 8)).astype(np.float32),
     }  # fmt: skip
     model = linear(graphs, constants, expression, operand="e")
-    ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)})
+    ran = graphs.run(model, FoldAdapters(), {"x": UNITS})
     assert ran.ops == ["DequantizeLinear", "MatMul"]
     assert len(ran.model.graph.initializers) == 3
     ran.assert_equal()
@@ -162,8 +167,8 @@ def test_a_weight_that_others_read_stays_for_them(graphs, noise):
         '["to_q/Gemm"] y = Gemm<transB: int = 1>(x, wq)',
         '["other/Gemm"] u = Gemm<transB: int = 1>(x, w)',
     ]
-    model = graphs.model_of("float[2,8] x", "float[2,3] y, float[2,3] u", "\n".join(lines), constants)
-    ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)})
+    model = graphs.model_of("float[8,8] x", "float[8,3] y, float[8,3] u", "\n".join(lines), constants)
+    ran = graphs.run(model, FoldAdapters(), {"x": UNITS})
     assert "w" in ran.model.graph.initializers
     ran.assert_equal()
 
@@ -175,7 +180,7 @@ def test_a_narrow_body_gets_a_cast(graphs, noise, dtype):
     constants["w"] = constants["w"].astype(dtype)
     number, name = (10, "float16") if dtype is np.float16 else (16, "bfloat16")
     model = linear(graphs, constants, body=name)
-    ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(dtype)})
+    ran = graphs.run(model, FoldAdapters(), {"x": UNITS.astype(dtype)})
     assert ran.ops == ["DequantizeLinear", "Cast", "MatMul"]
     assert ran.nodes("Cast")[0].attributes["to"].as_int() == number
     expected = fake_quantize_codes(constants["w"].astype(np.float32), constants["s"].T, np.float32(0), -128, 127)
@@ -186,8 +191,8 @@ def test_a_narrow_body_gets_a_cast(graphs, noise, dtype):
 def test_activations_are_left_alone(graphs, noise):
     body = graphs.quantize("a.input_quantizer", "y", "x, s, z", -128, 127)
     constants = {"s": np.float32([0.1]), "z": np.float32([0])}
-    model = graphs.model_of("float[2,8] x", "float[2,8] y", body, constants)
-    ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float32)})
+    model = graphs.model_of("float[8,8] x", "float[8,8] y", body, constants)
+    ran = graphs.run(model, FoldAdapters(), {"x": UNITS})
     assert ran.ops == ["FakeQuantize"]
     assert not ran.report.changed
 
@@ -199,7 +204,7 @@ def test_foreign_zero_points_that_fit(graphs, noise, zero, bounds):
     ran = graphs.run(
         linear(graphs, constants, bounds=bounds),
         FoldAdapters(),
-        {"x": noise.normal(size=(2, 8)).astype(np.float32)},
+        {"x": UNITS},
     )
     codes, _, _ = folded(ran)
     assert codes.min() >= bounds[0] - zero
@@ -211,7 +216,7 @@ def test_codes_that_int8_cannot_hold_are_refused(graphs, noise):
     constants = constants_of(noise) | {"z": np.full((1, 3), 3, np.float32)}
     model = linear(graphs, constants, bounds=(0, 255))
     with pytest.raises(GraphPassError, match=r"to_q.weight_quantizer: code - zero_point reaches -3\.\.\d+, which INT8"):
-        graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
+        graphs.run(model, FoldAdapters(), {"x": UNITS})
 
 
 def test_a_weight_with_step_rows_is_refused(graphs, noise):
@@ -219,7 +224,7 @@ def test_a_weight_with_step_rows_is_refused(graphs, noise):
     constants["s"] = np.concatenate([constants["s"]] * 2)
     constants["z"] = np.zeros((2, 3), np.float32)
     with pytest.raises(GraphPassError, match=r"to_q\.weight_quantizer: a weight has one row of scales, not 2"):
-        graphs.run(linear(graphs, constants), FoldAdapters(), {"x": np.ones((2, 8), np.float32)})
+        graphs.run(linear(graphs, constants), FoldAdapters(), {"x": UNITS})
 
 
 def test_a_scale_that_is_computed_is_refused(graphs, noise):
@@ -227,9 +232,9 @@ def test_a_scale_that_is_computed_is_refused(graphs, noise):
     body += '\n["to_q/Gemm"] y = Gemm<transB: int = 1>(x, wq)'
     constants = constants_of(noise)
     del constants["s"]
-    model = graphs.model_of("float[2,8] x, float[1,3] s", "float[2,3] y", body, constants)
+    model = graphs.model_of("float[8,8] x, float[1,3] s", "float[8,3] y", body, constants)
     with pytest.raises(GraphPassError, match=r"weight_quantizer/FakeQuantize .*input 1, s, is not constant"):
-        graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32), "s": np.ones((1, 3), np.float32)})
+        graphs.run(model, FoldAdapters(), {"x": UNITS, "s": np.ones((1, 3), np.float32)})
 
 
 @pytest.mark.parametrize("reduced", [False, True], ids=["plain", "reparameterized"])
@@ -243,8 +248,8 @@ def test_a_cast_before_the_transpose(graphs, noise, reduced):
         f'["to_q/{"Gemm" if reduced else "MatMul"}"] y = '
         + ("Gemm<transB: int = 1>(x, wn)" if reduced else "MatMul(x, wt)"),
     ]
-    model = graphs.model_of("float16[2,8] x", "float16[2,3] y", "\n".join(lines), constants)
-    ran = graphs.run(model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(np.float16)})
+    model = graphs.model_of("float16[8,8] x", "float16[8,3] y", "\n".join(lines), constants)
+    ran = graphs.run(model, FoldAdapters(), {"x": UNITS.astype(np.float16)})
     assert ran.ops == ["DequantizeLinear", "Cast", "Gemm" if reduced else "MatMul"]
     _, _, axis = folded(ran)
     assert axis == (0 if reduced else 1)
@@ -265,7 +270,7 @@ def test_narrow_linear_weights_are_stored_as_int4(graphs, noise, bits, dtype):
     bounds = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
     model = linear(graphs, constants, bounds=bounds, body="float" if dtype is np.float32 else "float16")
     ran = graphs.run(
-        model, FoldAdapters(), {"x": noise.normal(size=(2, 8)).astype(dtype)}, int4_context(graphs, bits=bits)
+        model, FoldAdapters(), {"x": UNITS.astype(dtype)}, int4_context(graphs, bits=bits)
     )
     (node,) = ran.nodes("DequantizeLinear")
     assert [value.dtype for value in node.inputs] == [ir.DataType.INT4, ir.DataType.FLOAT, ir.DataType.INT4]
@@ -287,7 +292,7 @@ def test_other_weights_stay_int8(graphs, noise, changes):
     ran = graphs.run(
         linear(graphs, constants_of(noise), bounds=(-8, 7)),
         FoldAdapters(),
-        {"x": noise.normal(size=(2, 8)).astype(np.float32)},
+        {"x": UNITS},
         int4_context(graphs, **changes),
     )
     folded(ran)
@@ -303,8 +308,8 @@ def test_an_odd_number_of_codes_stays_int8(graphs, noise):
         graphs.quantize(LINEAR, "wq", "w, s, z", -8, 7, axis=0),
         '["to_q/Gemm"] y = Gemm<transB: int = 1>(x, wq)',
     ]
-    model = graphs.model_of("float[2,7] x", "float[2,3] y", "\n".join(lines), constants)
-    feeds = {"x": noise.normal(size=(2, 7)).astype(np.float32)}
+    model = graphs.model_of("float[7,7] x", "float[7,3] y", "\n".join(lines), constants)
+    feeds = {"x": UNITS[:7, :7]}
     ran = graphs.run(model, FoldAdapters(), feeds, int4_context(graphs))
     folded(ran)
     (skipped,) = ran.report.skipped
@@ -317,4 +322,4 @@ def test_codes_that_int4_cannot_hold_are_refused(graphs, noise):
     constants = constants_of(noise) | {"z": np.full((1, 3), 3, np.float32)}
     model = linear(graphs, constants, bounds=(0, 15))
     with pytest.raises(GraphPassError, match=r"to_q.weight_quantizer: .* reaches -3\.\.12, which INT4 cannot hold"):
-        graphs.run(model, FoldAdapters(), {"x": np.ones((2, 8), np.float32)}, int4_context(graphs))
+        graphs.run(model, FoldAdapters(), {"x": UNITS}, int4_context(graphs))

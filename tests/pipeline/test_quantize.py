@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,6 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "groups": {"activation_rows": {"method": "uniform", "count": 2}},
 }
 KINDS = {"splits": QuantSplitConv2d, "bos": FirstToken, "scales": ChannelScale, "softmax": SoftmaxQuantizer}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

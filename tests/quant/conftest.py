@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qdexport.core.recipe import Recipe
 from qdexport.models.load import LoadedModel, load_model
 from qdexport.models.tiny import save_tiny_pipeline
 
 MakeRecipe = Callable[..., Recipe]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # tiny tensors: a second thread costs more than it brings
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,8 @@ def test_weight_search_is_as_good_as_all_25_ratios(bits: int, exponent: float) -
     grid = torch.stack([_error(weight, low * r, high * r, spec) for r in torch.linspace(0.4, 1, 25)])
     # the search is not exhaustive: single channels may lie a little above the grid's best, the sum must not
     assert found.sum() <= grid.amin(0).sum() * 1.002
-    assert bool((found <= grid[-1]).all())  # never worse than min-max
+    # never worse than min-max; the search sums its 300 errors in another order
+    assert bool((found <= grid[-1] * (1 + 300 * 2.0**-24)).all())
 
 
 def test_channels_are_searched_independently() -> None:

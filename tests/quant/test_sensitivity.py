@@ -466,12 +466,15 @@ def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_tasks_in_this_process_use_one_thread() -> None:
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    job: Job[int, int, int] = Job(prepare=torch.get_num_threads, run=lambda threads, task: threads * task)
-    assert dict(map_tasks(job, [5, 7], Workers())) == {0: 5, 1: 7}
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(1)
-    assert list(map_tasks(job, [], Workers(count=2))) == []
+    try:
+        job: Job[int, int, int] = Job(prepare=torch.get_num_threads, run=lambda threads, task: threads * task)
+        assert dict(map_tasks(job, [5, 7], Workers())) == {0: 5, 1: 7}
+        assert torch.get_num_threads() == 2
+        assert list(map_tasks(job, [], Workers(count=2))) == []
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_entry_without_the_width_lists_what_there_is() -> None:
