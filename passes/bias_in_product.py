@@ -4,8 +4,8 @@ Before: ``x -> MatMul W -> Add b -> Reshape -> Transpose -> heads``, for each of
 After:  ``x -> Pad 1 -> MatMul [W; b; 0] -> Reshape -> Transpose -> heads``, one Pad for the three
 
 Identity: ``[x, 1, 1, ...] [[W], [b], [0], ...] = x W + b``. The bias is a product of the same sum, so it is no longer
-added to a sum that was rounded before: exact but for that rounding. The width grows by eight, since FP16 products want
-widths that are multiples of eight.
+added to a sum that was rounded before: exact up to roundings that fall away. The width grows by eight, since FP16
+products want widths that are multiples of eight.
 
 TensorRT-RTX makes one product of the three either way. With a bias behind it, it then adds and transposes q, k and v in
 a kernel each; without one, attention reads all three where the product wrote them, and only the norm in front is split
@@ -48,6 +48,7 @@ class BiasInProduct:
 
     name: ClassVar[str] = "bias-in-product"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "roundings that fall away"
     runs_after: ClassVar[tuple[str, ...]] = ("plain-attention",)
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:

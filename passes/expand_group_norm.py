@@ -9,7 +9,7 @@ over ``Reshape[N, G, L, 1]``
 Identity: ``(x - mean) / sqrt(mean((x - mean)^2) + eps)`` over each group, the operator's own definition (its scale is 1
 and its bias 0 here; the affine part follows in the graph). With mean ``m_k`` and variance ``v_k`` of channel ``k`` of a
 group, ``mean = sum_k m_k / K`` and ``variance = sum_k (v_k + (m_k - mean)^2) / K`` (Chan, Golub, LeVeque 1979, parts of
-equal size). Exact up to the order of FP32 sums.
+equal size). Exact up to the order of sums.
 
 Written out in two passes, TensorRT-RTX fuses the convolution's epilogue before, the normalization, SiLU and the
 quantizer behind it into one kernel while a group is small; the operator costs two or three. With channels as parts it
@@ -49,6 +49,7 @@ class ExpandGroupNorm:
 
     name: ClassVar[str] = "expand-group-norm"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums"
     runs_after: ClassVar[tuple[str, ...]] = ()
     operator: ClassVar[str] = "group-norm"
     forms: ClassVar[tuple[str, ...]] = ("operator", "two-pass", "channel-parts")

@@ -4,12 +4,12 @@ Before: ``W -> FakeQuantize(s, axis=0) [-> Transpose] -> op``
 After:  ``codes -> DequantizeLinear(s, axis) [-> Cast] -> op``
 
 Identity: ``FakeQuantize(W) = codes * s`` with ``codes = clip(rint(W / s), qmin, qmax)`` in FP32. The whole constant
-expression counts (a plain weight, a slice of one, an adapter's ``W0 + B A``), so nothing of it stays. Exact: the codes
-are computed once, with the same FP32 operations as in PyTorch. Codes are stored as INT8; those of linear layers of up
-to 4 bits as INT4 where the target computes with it (half the bytes, the same INT8 product), or where the weight alone
-is quantized. Scales of blocks are FP16 numbers, and of an FP16 body stored as such: the builder has a product that
-reads INT4 in that form alone, and a code times such a scale is exact before it is rounded once, in either form. Codes
-of FP8 are E4M3 numbers.
+expression counts (a plain weight, a slice of one, an adapter's ``W0 + B A``), so nothing of it stays. Exact up to the
+order of sums in an adapter's product: the codes are computed once, with the same FP32 operations as in PyTorch. Codes
+are stored as INT8; those of linear layers of up to 4 bits as INT4 where the target computes with it (half the bytes,
+the same INT8 product), or where the weight alone is quantized. Scales of blocks are FP16 numbers, and of an FP16 body
+stored as such: the builder has a product that reads INT4 in that form alone, and a code times such a scale is exact
+before it is rounded once, in either form. Codes of FP8 are E4M3 numbers.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class FoldAdapters:
 
     name: ClassVar[str] = "fold-adapters"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums"
     runs_after: ClassVar[tuple[str, ...]] = ("share-quantizers",)
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:

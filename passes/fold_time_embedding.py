@@ -5,8 +5,9 @@ After:  ``timestep -> Gather(row index) -> Gather(table) -> Split -> Add``
 
 Identity: a function of ``t`` alone is its table over the timesteps that occur. The rows are evaluated in FP32 and
 rounded once to the body's type. Where text or a class enters the embedding (SDXL), only the part before is tabled.
-Exact up to that rounding. A timestep without a row reads NaN, so that it can never pass unnoticed; since a quantizer
-would turn that into a code like any other, a column that is 0 in every row is also added to the outputs of the network.
+Exact up to the order of sums and roundings that fall away: a library may sum the product of one row in another order
+than that of several. A timestep without a row reads NaN, so that it can never pass unnoticed; since a quantizer would
+turn that into a code like any other, a column that is 0 in every row is also added to the outputs of the network.
 
 A timestep that is a float (flow matching) finds the row whose timestep it is, up to the rounding of a pipeline in half
 precision (:mod:`qdexport.core.timesteps`): ``d = |rows - t| - reach, row = ArgMin(d)``, and NaN where ``min d > 0``.
@@ -45,6 +46,7 @@ class FoldTimeEmbedding:
 
     name: ClassVar[str] = "fold-time-embedding"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums and roundings that fall away"
     runs_after: ClassVar[tuple[str, ...]] = ()
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:

@@ -4,11 +4,11 @@ Before: ``x -> FakeQuantize(s, z=0, qmin, qmax)``
 After:  ``x [-> Cast] [-> Clip(qmin s, qmax s)] -> QuantizeLinear(s) -> DequantizeLinear(s) [-> Cast]``
 
 Identity: INT8 saturates at -128 and 127, so a narrower range needs a Clip only; ``rint(clip(x, a s, b s) / s) =
-clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact. This is the portable
-typed form: FP32 scales between casts, which TensorRT 10.0 to 11.4, TensorRT-RTX and ONNX Runtime all compute alike.
-Layers with INT4 weights, and merged ones (pass merge-projections), read the FP32 value directly and cast their product
-instead (:mod:`qdexport.passes.float32_product`); the scales of merged ones stand behind the product. FP8 saturates at
-448 by itself.
+clip(rint(x / s), a, b)`` for integers a, b, since ``fl(fl(a s) / s)`` rounds to ``a``. Exact up to the order of sums of
+merged products, below. This is the portable typed form: FP32 scales between casts, which TensorRT 10.0 to 11.4,
+TensorRT-RTX and ONNX Runtime all compute alike. Layers with INT4 weights, and merged ones (pass merge-projections),
+read the FP32 value directly and cast their product instead (:mod:`qdexport.passes.float32_product`); the scales of
+merged ones stand behind the product. FP8 saturates at 448 by itself.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class LowerBitwidth:
 
     name: ClassVar[str] = "lower-bitwidth"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums"
     runs_after: ClassVar[tuple[str, ...]] = (
         "share-quantizers",
         "fold-adapters",

@@ -6,7 +6,8 @@ After:  ``x -> Div s -> Round -> FakeQuantize(1) -> conv -> Mul s -> Add -> Cast
 
 Identity: ``conv(W, s q) = s conv(W, q)`` for the scalar ``s`` of a call; zero points as in
 :mod:`qdexport.passes.unit_scale`. One Gather serves all quantizers. TensorRT requires constant scales in front of
-convolutions (a computed one crashes the RTX builder), hence the constant 1. Exact: the same division and rounding.
+convolutions (a computed one crashes the RTX builder), hence the constant 1. Exact up to the order of sums: codes come
+from the same division and rounding.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class LowerTimestepScale:
 
     name: ClassVar[str] = "lower-timestep-scale"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums"
     runs_after: ClassVar[tuple[str, ...]] = (
         "share-quantizers",
         "fold-adapters",

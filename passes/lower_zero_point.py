@@ -5,8 +5,8 @@ Fits INT8 (``qmin - z >= -128`` and ``qmax - z <= 127``; every width up to 7): o
     clip(rint(x / s) + z, qmin, qmax) - z  =  clip(rint(x / s), qmin - z, qmax - z)
 
 Does not fit (unsigned 8-bit): the unit-scale form with offset 128, explicit padding with the real 0, and the
-correction in an FP32 bias (:mod:`qdexport.passes.unit_scale`). Both are exact: codes cannot differ, not even at ties,
-since the rounding comes before the shift.
+correction in an FP32 bias (:mod:`qdexport.passes.unit_scale`). Both are exact up to the order of sums: codes cannot
+differ, not even at ties, since the rounding comes before the shift.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class LowerZeroPoint:
 
     name: ClassVar[str] = "lower-zero-point"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums"
     runs_after: ClassVar[tuple[str, ...]] = ("share-quantizers", "fold-adapters", "fold-reparam", "lower-log2")
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:

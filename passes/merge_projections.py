@@ -3,7 +3,8 @@
 Before: ``q(x) -> MatMul(Wq)``, ``q(x) -> MatMul(Wk)``, ``q(x) -> MatMul(Wv)``
 After:  ``q(x) -> MatMul([Wq Wk Wv]) -> Split``
 
-Identity: ``x [A B] = [x A, x B]``; codes, scales and biases lie side by side and stay what they are. Exact.
+Identity: ``x [A B] = [x A, x B]``; codes, scales and biases lie side by side and stay what they are. Exact up to the
+order of sums.
 TensorRT-RTX merges such products itself only where constants allow it: never with INT4 weights, which it unpacks for
 each product; and with a scale per channel, or a row of a step table, it writes a kernel behind each of the layers.
 Behind one product there is one for all. The scales per channel must then stand behind the product (pass lower-bitwidth
@@ -87,6 +88,7 @@ class MergeProjections:
 
     name: ClassVar[str] = "merge-projections"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums"
     runs_after: ClassVar[tuple[str, ...]] = (
         "share-quantizers",
         "sequence-first",

@@ -5,8 +5,8 @@ After:  ``q -> Mul (a b)``, ``k -> Transpose[B, H, D, L]``, then MatMul -> Softm
 
 Identity: ``(a q) (b k)^T = (a b q) k^T`` for scalars, and a transposition of the last two axes needs no flattening of
 those before. PyTorch's exporter spreads the scale ``1/sqrt(D)`` over both sides as two square roots; TensorRT-RTX then
-has a kernel that does nothing but scale the keys. Exact up to one rounding of the body's type: a product that was
-rounded on either side is now rounded on one. This form is the default; a table may keep another for a shape
+has a kernel that does nothing but scale the keys. Exact up to roundings that fall away: a product that was rounded on
+either side is now rounded on one. This form is the default; a table may keep another for a shape
 (:mod:`qdexport.core.forms`).
 """
 
@@ -36,6 +36,7 @@ class PlainAttention:
 
     name: ClassVar[str] = "plain-attention"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "roundings that fall away"
     runs_after: ClassVar[tuple[str, ...]] = ()
     operator: ClassVar[str] = "attention"
     forms: ClassVar[tuple[str, ...]] = ("as-exported", "plain")

@@ -4,10 +4,11 @@ Before: ``[N, C, H, W] -> Transpose -> Reshape[N, L, C] -> rows -> Reshape[N, L,
 After:  ``[N, C, H, W] -> Transpose -> Reshape[L, N, C] -> rows -> Reshape[L, N, h, D] -> Transpose[N, h, L, D]``
 
 Identity: norms, products with weights and everything elementwise treat every token alike, so the order of tokens does
-not matter between the borders, where the transpositions that are there anyway change their permutation. Data movement
-only: exact. For several images at once, attention wants [N h, L, D]; of [L, N, C] that is a strided view, of
-[N, L, C] it is not, and TensorRT-RTX then transposes what it reads in a kernel of its own, or splits the norm in front
-of it in two to do it there. Whether a region is laid out so is looked up by its size (:mod:`qdexport.core.forms`).
+not matter between the borders, where the transpositions that are there anyway change their permutation. Nothing but
+data moves: exact up to the order of sums, which a library may choose by the layout. For several images at once,
+attention wants [N h, L, D]; of [L, N, C] that is a strided view, of [N, L, C] it is not, and TensorRT-RTX then
+transposes what it reads in a kernel of its own, or splits the norm in front of it in two to do it there. Whether a
+region is laid out so is looked up by its size (:mod:`qdexport.core.forms`).
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class SequenceFirst:
 
     name: ClassVar[str] = "sequence-first"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "the order of sums"
     runs_after: ClassVar[tuple[str, ...]] = ("plain-attention",)
     operator: ClassVar[str] = "tokens"
     forms: ClassVar[tuple[str, ...]] = ("batch-first", "sequence-first")

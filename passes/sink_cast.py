@@ -5,7 +5,7 @@ After:  ``conv (FP32) -> Mul s -> Add b -> Add Cast(row) -> Cast FP16``
 Before: ``Add(Cast FP16(conv_1), Cast FP16(conv_2))``, a block and its convolved shortcut
 After:  ``Cast FP16(Add(conv_1, conv_2))``
 
-Identity: the same sum in FP32 instead of FP16. Exact but for roundings that fall away: nothing is added to a number
+Identity: the same sum in FP32 instead of FP16. Exact up to roundings that fall away: nothing is added to a number
 that was rounded before.
 
 The row is that of the time embedding. TensorRT-RTX fuses the sums over a channel that a GroupNorm makes next into the
@@ -38,6 +38,7 @@ class SinkCast:
 
     name: ClassVar[str] = "sink-cast"
     exact: ClassVar[bool] = True
+    up_to: ClassVar[str] = "roundings that fall away"
     runs_after: ClassVar[tuple[str, ...]] = ("lower-zero-point", "lower-timestep-scale")
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:

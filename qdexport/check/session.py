@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from qdexport.core.environment import thread_count
 from qdexport.errors import MissingDependencyError, ParityError
 from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE, executable
 
@@ -37,7 +37,7 @@ def reference_session(model: Path | bytes, data_folder: Path | None = None) -> A
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = thread_count()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # waiting threads sleep: spinning ones fight with PyTorch's for the cores
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -27,8 +27,9 @@ def passes(name: str | None, as_json: bool) -> None:
     """List the compiler's passes in the order in which they run, or explain the pass NAME.
 
     Text encoders and VAE decoders get those for floating point only; what runs for them alone is listed last.
-    exact: all numbers stay (but for the order of sums in floating point and, in an FP16 body, for roundings that fall
-    away). re-rounds: numbers may change in their last places.
+    exact: every number stays, bit for bit. exact up to the order of sums: codes stay, and floating-point sums are the
+    same but for their rounding, which depends on the processor's library anyway. exact up to roundings that fall away:
+    a number is rounded less often. re-rounds: constants or scales are rounded again.
     """
     from qdexport.errors import RecipeError
     from qdexport.passes import DEFAULT_ORDER, FLOATING_POINT
@@ -45,7 +46,7 @@ def passes(name: str | None, as_json: bool) -> None:
     rows = [
         {
             "name": item.name,
-            "numbers": "exact" if item.exact else "re-rounds",
+            "numbers": _numbers(item),
             "after": list(item.runs_after),
             "what": documents[item.name].splitlines()[0],
         }
@@ -60,8 +61,15 @@ def passes(name: str | None, as_json: bool) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("pass", style="bold", no_wrap=True)
-    table.add_column("numbers", no_wrap=True)
+    table.add_column("numbers", max_width=24)
     table.add_column("what it does")
     for row in rows:
         table.add_row(str(row["name"]), str(row["numbers"]), escape(str(row["what"])))
     Console(highlight=False).print(table)
+
+
+def _numbers(kind: type) -> str:
+    if not getattr(kind, "exact", False):
+        return "re-rounds"
+    up_to = getattr(kind, "up_to", "")
+    return f"exact up to {up_to}" if up_to else "exact"

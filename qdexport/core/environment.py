@@ -19,7 +19,7 @@ import psutil
 
 from qdexport.core.target import TARGETS
 
-__all__ = ["Gpu", "Inventory", "environment_facts", "survey"]
+__all__ = ["Gpu", "Inventory", "environment_facts", "survey", "thread_count"]
 
 # what a result may depend on, in the order of the pipeline
 _RECORDED = (
@@ -83,13 +83,22 @@ def environment_facts() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cpu_count": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cpu_count": str(_processors()),
+        "threads": str(thread_count()),
         "ram_gib": f"{_memory_bytes() / 2**30:.1f}",
     }
     for number, gpu in enumerate(_gpus()):
         memory = f"{gpu.memory_mib} MiB"
         facts[f"gpu{number}"] = f"{gpu.name}, SM {gpu.compute_capability}, {memory}, driver {gpu.driver}"
     return facts | _versions(_RECORDED)
+
+
+def thread_count() -> int:
+    """How many threads compute: ``OMP_NUM_THREADS``, which PyTorch and numpy follow, else one for each processor that
+    this process may use.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # one number for each level of nesting
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else _processors()
 
 
 def survey() -> Inventory:
@@ -169,6 +178,10 @@ def _parse_gpu(line: str) -> Gpu | None:
         memory_mib=int(memory) if memory.isdigit() else 0,
         driver=driver,
     )
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T", bound=BaseModel)
+_CALIBRATION_THREADS = "calibration_threads"
 ArtifactKind = Literal[
     "checkpoint", "onnx", "engine", "plan", "report", "images", "golden", "plugin", "log",
     # of the networks beside the denoiser; a kind alone still names one thing of the denoiser
@@ -71,7 +73,9 @@ class Artifact(_Record):
 class Manifest(_Record):
     """Everything in an output folder and where it came from.
 
-    ``profiles`` gives, by optimization profile and dynamic input, the smallest, usual and largest shape.
+    ``environment`` is that of the last run; ``calibration_threads`` is that of the checkpoint: the number of threads
+    that it was calibrated with. ``profiles`` gives, by optimization profile and dynamic input, the smallest, usual and
+    largest shape.
     """
 
     schema_version: Literal[1] = 1
@@ -91,6 +95,17 @@ class Manifest(_Record):
     def load(cls, path: Path) -> Manifest:
         """Reads a manifest. Raises ``ModelError`` when the file is absent or not one of ours."""
         return _load(cls, path)
+
+    def calibrated_with(self, threads: Sequence[int | str]) -> None:
+        """Enters the numbers of threads of a new checkpoint, in their order; none when it was not calibrated."""
+        self.environment.pop(_CALIBRATION_THREADS, None)
+        if threads:
+            self.environment[_CALIBRATION_THREADS] = ", then ".join(map(str, threads))
+
+    def continues(self, earlier: Manifest) -> None:
+        """Takes over what the artifacts of an earlier run were made with."""
+        if _CALIBRATION_THREADS in earlier.environment:
+            self.calibrated_with([earlier.environment[_CALIBRATION_THREADS]])
 
     def artifact(self, kind: ArtifactKind) -> Artifact | None:
         """The last artifact of a kind."""

@@ -101,6 +101,9 @@ class PassReport:
 class GraphPass(Protocol):
     """The contract of a pass: a class with a kebab-case name, what it must follow, and whether numbers stay equal.
 
+    ``exact`` says that no number changes but for roundings of floating-point sums. A pass that changes those says so in
+    ``up_to``, for instance "the order of sums"; without it, every number stays bit for bit.
+
     ``apply`` edits the model in place, appends to ``report.touched`` and ``report.skipped``, and raises
     ``GraphPassError`` (naming the torch module) for what it must refuse. A second run changes nothing.
     """

@@ -173,6 +173,7 @@ class Compilation:
             self._model = make_quantized(loaded, recipe, self._settings(loaded), self.progress)
             network_facts(self._model, options.target)  # a schedule that is missing is better known now
             save_quantized(self._model, checkpoint, with_weights=options.copy_weights)
+            self.workspace.manifest.calibrated_with(self._model.threads)
             self._keep_bit_plan(recipe)
             return [Made("checkpoint", checkpoint)]
 

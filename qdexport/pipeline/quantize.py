@@ -98,7 +98,7 @@ def make_quantized(
         softmax={} if recipe.softmax is None else observations.softmax_parameters(recipe.softmax),
         bos=find_bos(loaded) if any(plan.bos and plan.quantized for plan in plans) else None,
     )
-    return quantize_model(loaded, plans, recipe, ranges)
+    return replace(quantize_model(loaded, plans, recipe, ranges), threads=observations.threads)
 
 
 def observe_model(

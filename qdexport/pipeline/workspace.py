@@ -172,6 +172,7 @@ def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest
     earlier = Manifest.load(path)
     if earlier.tool_version == __version__:
         manifest.artifacts, manifest.profiles = earlier.artifacts, earlier.profiles
+        manifest.continues(earlier)
         if (root / REPORT_FILE).is_file():
             old = Report.load(root / REPORT_FILE)
             report = report.model_copy(

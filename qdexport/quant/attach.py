@@ -99,6 +99,7 @@ class QuantizedModel:
             scheduler.
         context: selects the rows of the step tables.
         bos: the text's first token, where layers leave it out.
+        threads: the numbers of threads that calibrated it, in their order; empty where nothing was calibrated.
     """
 
     loaded: LoadedModel
@@ -109,6 +110,7 @@ class QuantizedModel:
     timesteps: tuple[float, ...]
     context: StepContext
     bos: Bos | None = None
+    threads: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:

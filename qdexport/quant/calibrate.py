@@ -45,6 +45,8 @@ class Observations:
         softmax: attention probabilities by attention block.
         timesteps: the sampler's timesteps, in sampling order.
         group_of_step: the table row that every timestep shares; empty when each has its own, or there is one row.
+        threads: the numbers of threads that it was computed with, in their order: more than one when an interrupted
+            run went on with another. Last bits of sums, and so of ranges, depend on it.
     """
 
     inputs: Mapping[str, RangeObserver]
@@ -52,6 +54,7 @@ class Observations:
     softmax: Mapping[str, HistogramObserver]
     timesteps: tuple[float, ...]
     group_of_step: tuple[int, ...] = ()
+    threads: tuple[int, ...] = ()
 
     def ranges(self, plans: Sequence[LayerPlan]) -> ActivationRanges:
         """The ranges of the planned quantizers, whose observers must be those that were asked for."""
@@ -168,7 +171,8 @@ def observe(
     watch = _Watch(plans, everything, timesteps, channel_ratios or {}, rounding)
     with watched_softmax(loaded.denoiser, blocks, watch.probabilities):
         _sample_batches(loaded, request, watch, state, on_progress)
-    return Observations(inputs=inputs, channels=channels, softmax=softmax, timesteps=timesteps)
+    threads = state.threads if state is not None else (torch.get_num_threads(),)
+    return Observations(inputs=inputs, channels=channels, softmax=softmax, timesteps=timesteps, threads=threads)
 
 
 def _state_name(channel_ratios: Mapping[str, Tensor] | None) -> str:

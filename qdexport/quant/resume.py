@@ -33,11 +33,15 @@ class CalibrationState:
         folder: made when missing.
         digest: of everything the result depends on; a state with another digest is not used.
         name: of the file, without its ending.
+
+    Attributes:
+        threads: the numbers of threads that whole batches were computed with, each once, in their order.
     """
 
     def __init__(self, folder: Path, digest: str, name: str = "calibration") -> None:
         self.path = folder / f"{name}.safetensors"
         self.digest = digest
+        self.threads: tuple[int, ...] = ()
 
     def save(self, observers: Mapping[str, RangeObserver], batches: int) -> None:
         """Writes the observers' states after ``batches`` whole batches, atomically."""
@@ -46,7 +50,8 @@ class CalibrationState:
             for key, observer in observers.items()
             for name, tensor in observer.state().items()
         }
-        facts = {"digest": self.digest, "batches": batches}
+        self.threads = tuple(dict.fromkeys((*self.threads, torch.get_num_threads())))
+        facts = {"digest": self.digest, "batches": batches, "threads": self.threads}
         with atomic_path(self.path) as partial:
             save_file(tensors, partial, metadata={_METADATA_KEY: json.dumps(facts)})
 
@@ -71,7 +76,7 @@ class CalibrationState:
                     observer.load_state({name: file.get_tensor(f"{key}/{name}") for name in observer.state()})
         except (OSError, SafetensorError, ValueError) as error:
             raise ModelError(f"{self.path} is damaged ({error}); delete it to calibrate from the start") from error
-        batches = int(facts["batches"])
+        batches, self.threads = int(facts["batches"]), tuple(facts.get("threads", ()))
         logger.info("going on after batch %d of a saved calibration", batches)
         return batches
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def test_optimizations_stay_basic() -> None:
 
     options = reference_session(model_with(np.float32([2, 3])).SerializeToString()).get_session_options()
     assert options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    assert options.intra_op_num_threads == int(os.environ["OMP_NUM_THREADS"])
     # else 4-bit weights meet activations rounded to INT8
     assert options.get_session_config_entry("session.qdq_matmulnbits_accuracy_level") == "1"
 

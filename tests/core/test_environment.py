@@ -6,16 +6,26 @@ import sys
 import pytest
 
 from qdexport.core import environment
-from qdexport.core.environment import Gpu, environment_facts, survey
+from qdexport.core.environment import Gpu, environment_facts, survey, thread_count
 
 
 def test_facts_are_text_and_name_what_results_depend_on() -> None:
     facts = environment_facts()
     assert facts["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert {"platform", "cpu_count", "ram_gib", "numpy", "onnx"} <= facts.keys()
+    assert {"platform", "cpu_count", "threads", "ram_gib", "numpy", "onnx"} <= facts.keys()
     assert all(isinstance(value, str) and value for value in facts.values())
     assert int(facts["cpu_count"]) >= 1
     assert float(facts["ram_gib"]) > 0
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("3", 3), (" 2,1", 2), ("", 7), ("0", 7), ("many", 7)])
+def test_threads_are_those_asked_for_or_the_processors(
+    monkeypatch: pytest.MonkeyPatch, asked: str, threads: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(7), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert thread_count() == threads
+    assert environment_facts()["threads"] == str(threads)
 
 
 def test_neither_facts_nor_survey_import_torch() -> None:

@@ -56,6 +56,18 @@ def report() -> Report:
     )  # fmt: skip
 
 
+def test_the_threads_of_a_calibration_stay_with_its_checkpoint() -> None:
+    first, later = manifest(), manifest()
+    first.calibrated_with((2, 1))
+    assert first.environment["calibration_threads"] == "2, then 1"
+    later.continues(first)
+    assert later.environment == first.environment
+    later.calibrated_with(())  # given ranges
+    assert later.environment == {"python": "3.11"}
+    later.continues(manifest())
+    assert later.environment == {"python": "3.11"}
+
+
 def manifest() -> Manifest:
     return Manifest(
         tool_version="0.1.0",

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from qdexport.core.files import tree_sha256
 from qdexport.core.results import Manifest, Report
@@ -20,6 +21,7 @@ def test_every_artifact_is_there_with_its_digest(compiled):
     assert {"checkpoint", "onnx", "engine", "plan", "report", "images", "golden"} <= kinds
     for item in manifest.artifacts:
         assert tree_sha256(compiled / item.path) == item.sha256, item.path
+    assert manifest.environment["calibration_threads"] == str(torch.get_num_threads())
     assert (compiled / "report.html").stat().st_size > 10_000
     assert (compiled / "images" / "grid.png").is_file()
 

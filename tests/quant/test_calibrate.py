@@ -203,6 +203,25 @@ def test_saved_state_of_other_weights_is_not_used(tiny_folder: Path, make_recipe
     assert calls == [1]
 
 
+def test_the_threads_of_every_batch_are_noted(tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Last bits depend on them: an interrupted run may go on with another number, and says so."""
+    recipe = make_recipe(calibration={"prompts": 2, "batch_size": 1, "steps": 1})
+    plans, before = plan_layers(tiny.denoiser, recipe), torch.get_num_threads()
+
+    def run(threads: int, **options: Any) -> tuple[int, ...]:
+        torch.set_num_threads(threads)
+        return observe(tiny, plans, recipe, state_dir=tmp_path, **options).threads
+
+    try:
+        with pytest.raises(_InterruptError):
+            run(1, on_progress=_interrupt_after(2))  # in the second batch
+        assert run(2) == (1, 2)
+        assert run(1) == (1, 2)  # found again
+        assert observe(tiny, plans, recipe).threads == (1,)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_damaged_state_is_named(tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe = make_recipe(calibration={"prompts": 1, "steps": 1})
     _run(tiny, recipe, state_dir=tmp_path)
