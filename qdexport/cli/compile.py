@@ -54,7 +54,7 @@ Examples:
 @click.option(
     "--search", is_flag=True, help="First build blocks in several forms, and write every operator in the best one."
 )
-@click.option("--force", "force", multiple=True, type=click.Choice(_STAGES), help="Do this stage again; repeatable.")
+@click.option("--force", "force", multiple=True, type=click.Choice(_STAGES), help="Do this stage anew; repeatable.")
 @click.option("--dump-passes", type=click.Path(file_okay=False), help="Write the graph after each pass to this folder.")
 @click.option("--pass", "extra_passes", multiple=True, metavar="FILE.py:CLASS", help="Also run a pass of your own.")
 @click.option("--explain", metavar="LAYER", help="In the end, say what every compiler pass did to a layer.")
@@ -86,7 +86,7 @@ Example:
 @worker_options
 @target_option
 @out_option
-@click.option("--force", is_flag=True, help="Calibrate again although nothing changed.")
+@click.option("--force", is_flag=True, help="Calibrate from the start although nothing changed.")
 @common
 def quantize(model: str, **options: Any) -> None:
     """Calibrate MODEL and write the fake-quant checkpoint: a diffusers folder plus quantization.safetensors."""

@@ -34,7 +34,7 @@ Examples:
 @form_options
 @target_option
 @out_option
-@click.option("--force", is_flag=True, help="Search again although nothing changed (plans of blocks are kept).")
+@click.option("--force", is_flag=True, help="Search from the start although nothing changed.")
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table of forms here.")
 @common
 def search(model: str, **options: Any) -> None:

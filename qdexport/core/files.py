@@ -1,9 +1,8 @@
-"""Files that are whole or absent: atomic writes, digests, and clear errors for folders that cannot be written."""
+"""Files that are whole or absent: atomic writes."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -16,10 +15,7 @@ from qdexport.core.writing import output_errors
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["atomic_dir", "atomic_path", "digest_of", "file_sha256", "tree_sha256", "write_json", "write_text"]
-
-_CHUNK = 1 << 20
-
+__all__ = ["atomic_dir", "atomic_path", "write_json", "write_text"]
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -74,30 +70,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically, two spaces of indent, keys in the given order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def tree_sha256(path: Path) -> str:
-    """One SHA-256 over a folder: the names (relative, sorted) and contents of all its files; of a file, its own."""
-    if path.is_file():
-        return file_sha256(path)
-    digest = hashlib.sha256()
-    for file in sorted(item for item in path.rglob("*") if item.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{file_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def digest_of(*values: Any) -> str:
-    """A SHA-256 over JSON-able values, independent of the order of dictionary keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _umask() -> int:

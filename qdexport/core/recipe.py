@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from qdexport.core.companion_facts import CompanionName
-from qdexport.core.files import digest_of
+from qdexport.core.digests import digest_of
 from qdexport.core.spec import Granularity, QuantSpec
 from qdexport.errors import RecipeError
 

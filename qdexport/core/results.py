@@ -9,7 +9,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
-from qdexport.core.files import tree_sha256, write_json
+from qdexport.core.digests import tree_sha256
+from qdexport.core.files import write_json
 from qdexport.errors import ModelError
 
 __all__ = [

@@ -21,7 +21,7 @@ from qdexport.check.companions import OnnxCompanion, companion_parity, try_pipel
 from qdexport.check.engine_parity import write_golden
 from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.companion_facts import CompanionFacts
-from qdexport.core.files import digest_of, tree_sha256
+from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.results import CompanionResult, Plan
 from qdexport.emit.facts import read_companion_facts, read_network_facts
 from qdexport.emit.inspect import onnx_facts

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from qdexport import __version__
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, require_builder
+from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.environment import environment_facts
-from qdexport.core.files import atomic_path, digest_of, tree_sha256
+from qdexport.core.files import atomic_path
 from qdexport.core.formats import capabilities_for
 from qdexport.core.forms import FormTable
 from qdexport.core.pass_log import PASS_LOG_FILE
@@ -25,7 +26,7 @@ from qdexport.passes import default_passes
 from qdexport.passes.loading import load_pass, with_passes
 from qdexport.pipeline.companions import CompanionStages
 from qdexport.pipeline.lower import lower_to_onnx, network_facts
-from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, make_quantized, plan_model
+from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, discard_calibration, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
 from qdexport.pipeline.search import FORMS_FILE, SEARCH_FILE, gpu_to_search_on, search_network
 from qdexport.pipeline.validate import validate
@@ -33,6 +34,7 @@ from qdexport.pipeline.workspace import Made
 from qdexport.quant.checkpoint import load_quantized, save_quantized
 from qdexport.quant.ranges import load_ranges
 from qdexport.search.judge import BuilderJudge
+from qdexport.search.results import discard_answers
 
 if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
@@ -62,7 +64,7 @@ class CompileOptions:
         variant: of the model's weight files (``fp16``).
         ranges: a file of activation ranges; the model is then not sampled for calibration.
         copy_weights: store the floating-point weights in the checkpoint, or only where they are.
-        force: stages to do again although nothing changed.
+        force: stages to do anew although nothing changed; what is kept of them for resuming is not used.
         dump_passes: folder for the graph after each pass.
         extra_passes: passes of the user's, ``FILE.py:Class``.
         forms: a table of the forms of operators; None: the one that comes with qdexport.
@@ -168,6 +170,8 @@ class Compilation:
         checkpoint = self.workspace.root / "checkpoint"
 
         def work() -> list[Made]:
+            if "quantize" in options.force:
+                discard_calibration(self.workspace.root / CALIBRATION_FOLDER)
             loaded = load_model(options.model, variant=options.variant)
             find_companions(loaded, recipe.companions)  # what is not there is better known now
             self._model = make_quantized(loaded, recipe, self._settings(loaded), self.progress)
@@ -206,6 +210,8 @@ class Compilation:
 
         def work() -> list[Made]:
             folder = root / SEARCH_FOLDER
+            if "search" in options.force:
+                discard_answers(root / SEARCH_CACHE)
             start = FormTable.load(options.forms) if options.forms else None
             search_network(
                 self.model, options.target, gpu, folder, root / SEARCH_CACHE, start=start, progress=self.progress

@@ -17,7 +17,7 @@ import torch
 from qdexport.core.bit_plan import BitPlan, apply_bit_plan
 from qdexport.core.formats import check_formats
 from qdexport.core.recipe import StepGroups
-from qdexport.core.writing import scratch_folder
+from qdexport.core.writing import output_errors, scratch_folder
 from qdexport.models.denoiser import layer_macs, shortcut_splits, smallest_io, trace_denoiser
 from qdexport.models.denoiser_io import io_spec, sized
 from qdexport.quant.attach import QuantizedModel, quantize_model
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qdexport.quant.calibrate import Observations
     from qdexport.quant.ranges import ActivationRanges
 
-__all__ = ["BIT_PLAN_FILE", "QuantizeSettings", "make_quantized", "observe_model", "plan_model"]
+__all__ = ["BIT_PLAN_FILE", "QuantizeSettings", "discard_calibration", "make_quantized", "observe_model", "plan_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,14 @@ class QuantizeSettings:
     ranges: ActivationRanges | None = None
     workers: int | None = None
     ray: str | None = None
+
+
+def discard_calibration(folder: Path) -> None:
+    """Removes what was kept for resuming: calibrations and measurements. Other files in the folder stay."""
+    kept = ("calibration*.safetensors", BIT_PLAN_FILE, "sensitivity/*.json", "candidates/*.json")
+    with output_errors(folder):
+        for file in [file for pattern in kept for file in folder.glob(pattern)]:
+            file.unlink(missing_ok=True)
 
 
 def plan_model(loaded: LoadedModel, recipe: Recipe) -> list[LayerPlan]:

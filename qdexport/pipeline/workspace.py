@@ -14,7 +14,7 @@ import filelock
 
 from qdexport import __version__
 from qdexport.core.companion_facts import COMPANION_NAMES
-from qdexport.core.files import tree_sha256
+from qdexport.core.digests import tree_sha256
 from qdexport.core.results import Artifact, ArtifactKind, Manifest, Report, StageFacts
 from qdexport.errors import ModelError, OutputError
 

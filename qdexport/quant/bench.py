@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from qdexport import __version__
-from qdexport.core.files import digest_of
+from qdexport.core.digests import digest_of
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_io import call_denoiser
 from qdexport.models.load import load_model

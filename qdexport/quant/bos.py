@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdexport.core.files import digest_of
+from qdexport.core.digests import digest_of
 from qdexport.errors import ModelError, RecipeError
 from qdexport.models.denoiser import Trace
 from qdexport.models.loaded import LoadedModel

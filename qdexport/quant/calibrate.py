@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qdexport import __version__
-from qdexport.core.files import digest_of
+from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.recipe import Calibration, Recipe, SoftmaxQuant
 from qdexport.core.spec import LayerPlan
 from qdexport.core.timesteps import nearest_row
@@ -224,12 +224,17 @@ def _request(loaded: LoadedModel, calibration: Calibration) -> SampleRequest:
 def _digest(loaded: LoadedModel, request: SampleRequest, observed: dict[str, Any], extent: dict[str, Any]) -> str:
     """Of everything that the observers' states depend on; widths and symmetry are not among it."""
     scheduler = dict(loaded.scheduler.config) if loaded.scheduler is not None else {}
+    parts = loaded.pipeline.components if loaded.pipeline is not None else {}
+    others = {name: weights_sha256(part) for name, part in sorted(parts.items()) if isinstance(part, nn.Module)}
     return digest_of(
         __version__,
         loaded.name,
+        # tokenizers have no weights, and what they make of a prompt is in the folder
+        tree_sha256(loaded.folder) if loaded.folder is not None else "",
         type(loaded.scheduler).__name__,
         scheduler,
         weights_sha256(loaded.denoiser),
+        others,
         asdict(request),
         observed,
         extent,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qdexport.core.files import digest_of, write_json
+from qdexport.core.digests import digest_of
 from qdexport.core.progress import ProgressSink, SilentProgress
+from qdexport.core.sealed import read_sealed, write_sealed
 from qdexport.quant.tasks import Job, Workers, map_tasks
 
 __all__ = ["CachedTask", "ResultCache", "SweepRun"]
@@ -108,17 +108,14 @@ class ResultCache(Generic[R]):
 
     def _read(self, task: CachedTask) -> R | None:
         path = self.folder / task.file
-        if not path.is_file():
+        stored = read_sealed(path)
+        if stored is None or stored.get("digest") != self._digest(task):
             return None
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
-            if data["digest"] != self._digest(task):
-                return None
-            return self.kind.model_validate(data["result"])
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
-            logger.warning("%s is damaged (%s) and is measured again", path, error)
+            return self.kind.model_validate(stored.get("result"))
+        except ValidationError as error:
+            logger.warning("%s is damaged (%s) and is measured again", path, error.errors()[0]["msg"])
             return None
 
     def _write(self, task: CachedTask, result: R) -> None:
-        value = {"digest": self._digest(task), "result": result.model_dump(mode="json")}
-        write_json(self.folder / task.file, value)
+        write_sealed(self.folder / task.file, {"digest": self._digest(task), "result": result.model_dump(mode="json")})

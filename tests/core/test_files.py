@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -11,15 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qdexport.core.files import (
-    atomic_dir,
-    atomic_path,
-    digest_of,
-    file_sha256,
-    tree_sha256,
-    write_json,
-    write_text,
-)
+from qdexport.core.files import atomic_dir, atomic_path, write_json, write_text
 from qdexport.errors import OutputError
 
 
@@ -104,23 +95,3 @@ def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None
     with pytest.raises(RuntimeError, match="stop"):
         write_half(atomic_dir(folder), RuntimeError("stop"))
     assert names(tmp_path) == ["onnx", "onnx/old"]
-
-
-def test_digests_of_files_and_folders(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "x.bin").write_bytes(b"1" * (1 << 21))
-    (tmp_path / "b.bin").write_bytes(b"2")
-    assert file_sha256(tmp_path / "b.bin") == hashlib.sha256(b"2").hexdigest()
-    assert tree_sha256(tmp_path / "b.bin") == file_sha256(tmp_path / "b.bin")
-    first = tree_sha256(tmp_path)
-    assert first == tree_sha256(tmp_path)
-    (tmp_path / "b.bin").rename(tmp_path / "c.bin")
-    renamed = tree_sha256(tmp_path)
-    (tmp_path / "c.bin").write_bytes(b"3")
-    assert len({first, renamed, tree_sha256(tmp_path)}) == 3
-
-
-def test_digests_of_values() -> None:
-    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1})
-    assert digest_of("ab", "c") != digest_of("a", "bc")
-    assert digest_of(1) != digest_of("1")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from qdexport.core.files import tree_sha256
+from qdexport.core.digests import tree_sha256
 from qdexport.core.results import Manifest, Report
 from qdexport.pipeline.workspace import Workspace
 from tests.pipeline.conftest import SMALL

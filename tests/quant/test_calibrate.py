@@ -222,13 +222,38 @@ def test_the_threads_of_every_batch_are_noted(tiny: LoadedModel, make_recipe: Ma
         torch.set_num_threads(before)
 
 
-def test_damaged_state_is_named(tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_saved_state_of_another_text_encoder_is_not_used(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    model = load_model(save_tiny_pipeline(tmp_path / "model", "sd"))
     recipe = make_recipe(calibration={"prompts": 1, "steps": 1})
-    _run(tiny, recipe, state_dir=tmp_path)
+    _run(model, recipe, state_dir=tmp_path)
+    assert model.pipeline is not None
+    with torch.no_grad():
+        next(model.pipeline.text_encoder.parameters()).add_(1)
+    calls: list[int] = []
+    _run(model, recipe, state_dir=tmp_path, on_progress=lambda done, _: calls.append(done))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("damage", ["cut", "a bit of a range", "a bit of the header", "swapped", "empty"])
+def test_a_damaged_state_is_thrown_away(
+    tiny: LoadedModel, make_recipe: MakeRecipe, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = make_recipe(calibration={"prompts": 1, "steps": 1})
+    right = _run(tiny, recipe, state_dir=tmp_path)
     path = tmp_path / "calibration.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"calibration\.safetensors is damaged .* delete it"):
-        _run(tiny, recipe, state_dir=tmp_path)
+    data = bytearray(path.read_bytes())
+    if damage == "a bit of a range":
+        data[-3] ^= 1
+    elif damage == "a bit of the header":
+        data[data.index(b"conv_in")] ^= 1
+    elif damage == "swapped":
+        data[-16:-8], data[-8:] = data[-8:], data[-16:-8]
+        assert data != path.read_bytes()
+    path.write_bytes({"cut": data[:-100], "empty": b""}.get(damage, bytes(data)))
+    calls: list[int] = []
+    assert _same(right, _run(tiny, recipe, state_dir=tmp_path, on_progress=lambda done, _: calls.append(done)))
+    assert calls == [1]
+    assert "calibration.safetensors is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import qdexport
-from qdexport.core.files import atomic_path, digest_of, file_sha256, write_json
+from qdexport.core.digests import digest_of, file_sha256
+from qdexport.core.files import atomic_path, write_json
 from qdexport.errors import OutputError
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from benchmarks.quality_scores import (
     score_images,
 )
 from benchmarks.quality_store import RowJob, RowStore, model_digest, source_digest
-from qdexport.core.files import atomic_path, digest_of
+from qdexport.core.digests import digest_of
+from qdexport.core.files import atomic_path
 from qdexport.errors import RecipeError
 from qdexport.models.sampling import prompts_for, schedule
 from qdexport.models.shapes_evaluator import load_evaluator, real_features

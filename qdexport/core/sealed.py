@@ -1,0 +1,39 @@
+"""Small results that survive an interruption, each with a checksum: a damaged one is made again, never used."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from qdexport.core.digests import digest_of
+from qdexport.core.files import write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["read_sealed", "write_sealed"]
+
+logger = logging.getLogger(__name__)
+
+_SEAL = "sha256"
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object with its checksum, atomically. Raises ``OutputError`` when the folder cannot be written."""
+    value = json.loads(json.dumps(value))  # as it will be read: keys are text
+    write_json(path, {**value, _SEAL: digest_of(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """The object that :func:`write_sealed` wrote; None where there is none, or a damaged one, of which a line tells."""
+    try:
+        value = json.loads(path.read_bytes())
+        if value.pop(_SEAL) == digest_of(value):
+            return dict(value)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    logger.warning("%s is damaged; what it held is worked out again", path)
+    return None
