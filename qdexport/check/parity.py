@@ -254,7 +254,7 @@ class _Comparison:
             LayerParity(
                 name=name,
                 sqnr_db=worst.sqnr_db,
-                code_flip_rate=max(worst.codes, worst.weight or 0.0),
+                code_flip_rate=worst.codes,
                 weight_flip_rate=worst.weight or 0.0,
                 steps=calls,
             )

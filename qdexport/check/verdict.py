@@ -76,7 +76,7 @@ def layer_problems(layers: Sequence[LayerParity], body: str) -> list[str]:
     noisy = [item for item in layers if not item.sqnr_db >= least]
     return [
         *_worst(weights, "integer weights differ", "weight_flip_rate"),
-        *_worst(flips, f"more than {FLIP_LIMIT:g} of the integer codes differ", "code_flip_rate"),
+        *_worst(flips, f"more than {FLIP_LIMIT:g} of the activation codes differ", "code_flip_rate"),
         *_worst(noisy, f"the output is below {least:g} dB", "sqnr_db"),
     ]
 

@@ -67,6 +67,7 @@ def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, 
         steps=options["steps"] or denoisers.steps,
         guidance_scale=options["guidance_scale"],
     )
+    denoisers.check(request)
     images: dict[str, np.ndarray] = {}
     for kind in denoisers.kinds:
         with progress.stage(f"sampling with {kind}"):

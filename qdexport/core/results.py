@@ -162,7 +162,9 @@ class Coverage(_Record):
 
 
 class LayerParity(_Record):
-    """One layer on identical inputs: the worst step; flips are shares of differing integer codes."""
+    """One layer on identical inputs: the worst step. Flips are shares of differing integer codes: of the activations
+    that the layer reads, and of its weight, where a single one is a failure.
+    """
 
     name: str
     sqnr_db: Decibel

@@ -56,14 +56,18 @@ class Denoisers:
         """Names of the denoisers."""
         return tuple(self.by_kind)
 
-    def sample(self, kind: str, request: SampleRequest) -> np.ndarray:
-        """Images ``[N, 3, H, W]`` in [-1, 1].
+    def check(self, request: SampleRequest) -> None:
+        """Refuses what one of the denoisers cannot sample, before any of them begins.
 
         Raises:
-            ModelError: the schedule has timesteps that the network's tables lack.
+            ModelError: the scheduler cannot take so many steps, or has timesteps that the network's tables lack.
         """
-        if kind == "onnx" and self.facts is not None:
-            self.facts.check_timesteps(schedule(self.loaded, request.steps))
+        timesteps = schedule(self.loaded, request.steps)
+        if "onnx" in self.by_kind and self.facts is not None:
+            self.facts.check_timesteps(timesteps)
+
+    def sample(self, kind: str, request: SampleRequest) -> np.ndarray:
+        """Images ``[N, 3, H, W]`` in [-1, 1], of a request that :meth:`check` has passed."""
         if kind == "onnx" and self.companions:
             with in_place_of_parts(self.loaded.pipeline, self.companions):
                 return sample(self.loaded, request, denoiser=self.by_kind[kind])

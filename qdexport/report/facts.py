@@ -91,7 +91,7 @@ def verdict(report: Report) -> Verdict:
         return Verdict(word="not checked", sentence=" ".join(said))
     flips, sqnr = weakest(report.parity)
     worst = flips.code_flip_rate if flips else 0.0
-    codes = f"at most {rate(worst)} of a layer's codes differ" if worst else "every integer code agrees"
+    codes = f"at most {rate(worst)} of a layer's activation codes differ" if worst else "every integer code agrees"
     reach = f"; the worst layer's output reaches {decibel(sqnr.sqnr_db)}" if sqnr else ""
     said.append(f"On identical inputs {codes}{reach}.")
     return Verdict(word="pass", sentence=" ".join(said))
@@ -176,6 +176,13 @@ def weakest(parity: Parity) -> tuple[LayerParity | None, LayerParity | None]:
         return None, None
     flips = max(parity.layers, key=lambda item: (item.weight_flip_rate, item.code_flip_rate))
     return flips, min(parity.layers, key=lambda layer: layer.sqnr_db)
+
+
+def differing(layer: LayerParity) -> tuple[str, float]:
+    """Which codes of a layer differ, and how large a share: those of its weight first, of which none may."""
+    if layer.weight_flip_rate:
+        return "weight codes", layer.weight_flip_rate
+    return "activation codes", layer.code_flip_rate
 
 
 def exact_layers(parity: Parity) -> int:
@@ -327,11 +334,11 @@ def _parity_headlines(parity: Parity, limit: float) -> list[Headline]:
     flips, sqnr = weakest(parity)
     made = []
     if flips is not None and sqnr is not None:
-        worst = max(flips.code_flip_rate, flips.weight_flip_rate)
-        good = worst <= MAX_CODE_FLIP_RATE and flips.weight_flip_rate == 0 and sqnr.sqnr_db >= limit
+        which, worst = differing(flips)
+        good = flips.weight_flip_rate == 0 and worst <= MAX_CODE_FLIP_RATE and sqnr.sqnr_db >= limit
         made.append(
             Headline(
-                label="Code flips, worst layer",
+                label=f"Differing {which}, worst layer",
                 value=rate(worst),
                 note=f"smallest layer SQNR {decibel(sqnr.sqnr_db)}, at least {limit:.0f} asked",
                 tone="ok" if good else "bad",

@@ -89,7 +89,6 @@ def layer_rows(report: Report, plan: Plan | None) -> list[LayerRow]:
         measured = parity.get(name) or parity.get(base)
         bits = coverage.bits.get(name) or coverage.bits.get(base) or []
         ran = kernels.get(name) or kernels.get(base) or []
-        flips = max(measured.code_flip_rate, measured.weight_flip_rate) if measured else None
         rows.append(
             LayerRow(
                 name=name,
@@ -100,14 +99,22 @@ def layer_rows(report: Report, plan: Plan | None) -> list[LayerRow]:
                 agrees=agrees(planned, onnx) and (not coverage.engine or agrees(planned, engine)),
                 sqnr=decibel(measured.sqnr_db) if measured else "",
                 sqnr_key=min(measured.sqnr_db, IDENTICAL_DB) if measured else None,
-                flips=rate(flips) if flips is not None else "",
-                flips_key=flips,
+                flips=_flips(measured),
+                flips_key=max(measured.code_flip_rate, measured.weight_flip_rate) if measured else None,
                 kernels=tuple(ran),
                 kernel_summary=_summary(ran),
                 why=_story(coverage, name),
             )
         )
     return rows + [_quantizer_row(coverage, parity, name) for name in coverage.notes if name not in coverage.planned]
+
+
+def _flips(measured: LayerParity | None) -> str:
+    """The share of activation codes that differ, and that of weight codes where there are any: a failure of its own."""
+    if measured is None:
+        return ""
+    weights = f"; weight {rate(measured.weight_flip_rate)}" if measured.weight_flip_rate else ""
+    return rate(measured.code_flip_rate) + weights
 
 
 def _story(coverage: Coverage, name: str) -> str:
@@ -129,7 +136,7 @@ def _quantizer_row(coverage: Coverage, parity: dict[str, LayerParity], name: str
         agrees=True,
         sqnr=decibel(measured.sqnr_db) if measured else "",
         sqnr_key=min(measured.sqnr_db, IDENTICAL_DB) if measured else None,
-        flips=rate(measured.code_flip_rate) if measured else "",
+        flips=_flips(measured),
         flips_key=measured.code_flip_rate if measured else None,
         kernels=(),
         kernel_summary="",

@@ -129,10 +129,10 @@ def _parity(parity: Parity, limit: float) -> list[Text]:
         lines.append(
             Text(f"{facts.exact_layers(parity)} of {len(parity.layers)} layers with equal integer codes")
         )
-        worst = max(flips.code_flip_rate, flips.weight_flip_rate)
+        which, worst = facts.differing(flips)
         if worst:
             allowed = worst <= facts.MAX_CODE_FLIP_RATE and flips.weight_flip_rate == 0
-            lines.append(_worst("most flips", facts.rate(worst), flips.name, good=allowed))
+            lines.append(_worst(f"{which} differ", facts.rate(worst), flips.name, good=allowed))
         lines.append(_worst("least SQNR", facts.decibel(sqnr.sqnr_db), sqnr.name, good=sqnr.sqnr_db >= limit))
     whole = parity.end_to_end
     good = whole.sqnr_db >= whole.noise_floor_db - facts.FLOOR_SLACK_DB

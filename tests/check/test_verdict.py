@@ -29,7 +29,7 @@ def test_everything_within_its_limit_passes() -> None:
     [
         (layer("x", 99.9), "the output is below 100 dB in 1 layer: x (99.9)"),
         (layer("x", math.nan), "the output is below 100 dB in 1 layer: x (nan)"),
-        (layer("x", flips=2e-4), "more than 0.0001 of the integer codes differ in 1 layer: x (0.0002)"),
+        (layer("x", flips=2e-4), "more than 0.0001 of the activation codes differ in 1 layer: x (0.0002)"),
         (layer("x", weights=1e-6), "integer weights differ in 1 layer: x (1e-06)"),
     ],
 )

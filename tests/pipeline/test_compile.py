@@ -78,8 +78,10 @@ def test_a_damaged_artifact_is_made_again(compiled, qdexport, tmp_path):
 
 
 def test_sampling_with_other_steps_than_the_time_table_is_refused(compiled, qdexport, tmp_path):
-    result = qdexport("sample", compiled, "--with", "onnx", "--steps", 7, "--out", tmp_path / "pictures", "--count", 1)
+    kinds = ("--with", "fp", "--with", "quantized", "--with", "onnx")
+    result = qdexport("sample", compiled, *kinds, "--steps", 7, "--out", tmp_path / "pictures", "--count", 1)
     assert result.exit_code == 3
+    assert "sampling with" not in result.output  # refused before the first of them began
     assert "DDIMScheduler" in result.output
     assert "keep" in result.output
     assert not (tmp_path / "pictures").exists()

@@ -56,7 +56,7 @@ def test_numbers_that_fall_short_are_marked(report: Report) -> None:
     report.parity.layers[0].weight_flip_rate = 1e-6  # weights may not differ at all
     report.parity.end_to_end.sqnr_db = report.parity.end_to_end.noise_floor_db - 1.5
     tones = {item.label: item.tone for item in facts.headlines(report)}
-    assert tones["Code flips, worst layer"] == "bad"
+    assert tones["Differing weight codes, worst layer"] == "bad"
     assert tones["End to end, one call"] == "bad"
 
 

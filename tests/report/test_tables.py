@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qdexport.core.results import KernelFact, Plan, Quality, QualityScores, Report, StageFacts
-from qdexport.report import tables
+from qdexport.report import facts, tables
 
 if TYPE_CHECKING:
     from qdexport.core.results import Coverage
@@ -25,6 +25,17 @@ def test_rows_join_coverage_parity_and_kernels(report: Report, plan: Plan) -> No
     assert (folded.bits, folded.sqnr, folded.sqnr_key, folded.flips_key) == ("", "", None, None)
     assert folded.agrees
     assert list(rows) == list(coverage_of(report).planned)
+
+
+def test_differing_weight_codes_are_told_beside_those_of_activations(report: Report) -> None:
+    assert report.parity is not None
+    layer = report.parity.layers[0]
+    layer.code_flip_rate, layer.weight_flip_rate = 1e-3, 0.25
+    row = next(row for row in tables.layer_rows(report, None) if row.name == layer.name)
+    assert (row.flips, row.flips_key) == (f"{facts.rate(1e-3)}; weight {facts.rate(0.25)}", 0.25)
+    assert facts.differing(layer) == ("weight codes", 0.25)
+    layer.weight_flip_rate = 0.0
+    assert facts.differing(layer) == ("activation codes", 1e-3)
 
 
 def test_a_merged_kernel_belongs_to_each_of_its_layers(report: Report) -> None:
