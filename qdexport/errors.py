@@ -11,7 +11,9 @@
     |- MissingDependencyError  9   an optional package or a device is not there
     |- OutputError            10   the output folder cannot be written (read-only, full, in use)
 
-A programming mistake stays an ordinary exception and shows its traceback. An interrupt (Ctrl-C) ends with code 130.
+A programming mistake stays an ordinary exception: the command line ends with code 1 and one sentence, and writes the
+traceback to a file that the sentence names. An interrupt (Ctrl-C) ends with code 130. ``kind`` names an error in what
+``--json`` prints.
 """
 
 from __future__ import annotations
@@ -23,57 +25,67 @@ class QdExportError(Exception):
     """Base of all errors whose message is meant for the user."""
 
     exit_code = 1
+    kind = "error"
 
 
 class RecipeError(QdExportError):
     """A recipe, a rule in it, or a command-line option cannot be used."""
 
     exit_code = 2
+    kind = "recipe"
 
 
 class ModelError(QdExportError):
     """A model folder, a checkpoint, or the weights in it cannot be used."""
 
     exit_code = 3
+    kind = "model"
 
 
 class CaptureError(QdExportError):
     """The quantized module could not be captured as an ONNX graph."""
 
     exit_code = 4
+    kind = "capture"
 
 
 class GraphPassError(QdExportError):
     """A compiler pass refuses the graph."""
 
     exit_code = 5
+    kind = "pass"
 
 
 class EmitError(QdExportError):
     """The ONNX file could not be written, or is not legal for the target."""
 
     exit_code = 6
+    kind = "onnx"
 
 
 class BuildError(QdExportError):
     """The engine builder rejected the graph, crashed, or was killed."""
 
     exit_code = 7
+    kind = "build"
 
 
 class ParityError(QdExportError):
     """A compiled artefact does not do what was planned."""
 
     exit_code = 8
+    kind = "parity"
 
 
 class MissingDependencyError(QdExportError):
     """An optional package or a device is missing."""
 
     exit_code = 9
+    kind = "missing"
 
 
 class OutputError(QdExportError):
     """The output folder cannot be written."""
 
     exit_code = 10
+    kind = "output"

@@ -82,7 +82,7 @@ def engine_parity(engine: Path, golden: Path, target: Target) -> list[float]:
     if not engine.is_file():
         raise ModelError(f"there is no engine {engine}; run `qdexport build` first")
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": _FLAVOUR[target.module]}
-    command = [sys.executable, "-m", _CHILD, target.module, str(engine), *map(str, files)]
+    command = [sys.executable, "-P", "-m", _CHILD, target.module, str(engine), *map(str, files)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
     if done.returncode == _NO_DEVICE:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qdexport.cli.console import make_progress
+from qdexport.cli.console import make_progress, print_json, say
 from qdexport.cli.options import common, overrides_of, target_option
 
 if TYPE_CHECKING:
@@ -75,16 +75,16 @@ def sensitivity(model: str, **options: Any) -> None:
     progress = make_progress(options["verbose"], options["as_json"])
     table = write_sensitivity(_job(model, options, "tensorrt-rtx", {}), progress)
     if options["as_json"]:
-        click.echo(table.model_dump_json())
+        print_json(table.model_dump(mode="json"))
         return
     for group, part in itertools.product(get_args(Group), get_args(Part)):
         entries = sorted(table.of(part, group), key=lambda entry: entry.values[min(entry.values)])
         if entries:
-            click.echo(f"most sensitive {group} layers, {part}s ({entries[0].metric}):")
+            say(f"most sensitive {group} layers, {part}s ({entries[0].metric}):")
         for entry in entries[:_WORST_SHOWN]:
             values = ", ".join(f"{bits} bits {value:.4g}" for bits, value in sorted(entry.values.items()))
-            click.echo(f"  {entry.name}: {values}")
-    click.echo(f"{options['out'] / 'sensitivity.json'} and .png hold all {len(table.entries)} measurements")
+            say(f"  {entry.name}: {values}")
+    say(f"{options['out'] / 'sensitivity.json'} and .png hold all {len(table.entries)} measurements")
 
 
 @click.command(
@@ -115,8 +115,6 @@ def allocate(model: str, **options: Any) -> None:
     Writes bits.yaml, which can be edited and named as `bit_plan` in a recipe, allocation.json and allocation.png with
     all plans of the scan, and the sensitivities; those of an earlier run in the same folder are used again.
     """
-    import json
-
     from qdexport.pipeline.allocation import write_bit_plan
 
     changes = {
@@ -133,15 +131,15 @@ def allocate(model: str, **options: Any) -> None:
             "average_weight_bits": plan.average_weight_bits,
             "average_activation_bits": plan.average_activation_bits,
         }
-        click.echo(json.dumps({"bits": str(path), "layers": len(plan.layers), **facts}))
+        print_json({"bits": str(path), "layers": len(plan.layers), **facts})
         return
     counts: dict[int, int] = {}
     for layer in plan.layers.values():
         counts[layer.weight] = counts.get(layer.weight, 0) + 1
     told = ", ".join(f"{count} at {bits}" for bits, count in sorted(counts.items()))
-    click.echo(f"weights: {plan.average_weight_bits:.3f} bits on average ({told})")
-    click.echo(f"activations: {plan.average_activation_bits:.3f} bits on average")
-    click.echo(f"{path} holds the widths of {len(plan.layers)} layers; compile with --set bit_plan={path}")
+    say(f"weights: {plan.average_weight_bits:.3f} bits on average ({told})")
+    say(f"activations: {plan.average_activation_bits:.3f} bits on average")
+    say(f"{path} holds the widths of {len(plan.layers)} layers; compile with --set bit_plan={path}")
 
 
 def _job(model: str, options: dict[str, Any], target: str, changes: dict[str, Any]) -> AllocationJob:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdexport.cli.console import make_progress
+from qdexport.cli.console import make_console, make_progress, print_json
 from qdexport.cli.explain import show_explanation
 from qdexport.cli.options import (
     common,
@@ -208,11 +208,9 @@ def run_stages(
 
 
 def _show(workspace: Workspace, *, as_json: bool) -> None:
-    from rich.console import Console
-
     from qdexport.report.terminal import summary
 
     if as_json:
-        click.echo(workspace.report.model_dump_json(exclude_none=True))
+        print_json(workspace.report.model_dump(mode="json", exclude_none=True))
     else:
-        summary(workspace.report, Console(highlight=False), workspace.root)
+        summary(workspace.report, make_console(), workspace.root)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import TYPE_CHECKING
 
 import click
 
+from qdexport.cli.console import make_console, print_json
 from qdexport.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ def doctor(context: click.Context, as_json: bool) -> None:
 
     Ends with code 0 when `qdexport compile` for the default target is possible here, with 9 otherwise.
     """
-    from rich.console import Console
-
     from qdexport.core.diagnosis import DEFAULT_TARGET, can_compile, diagnose
     from qdexport.core.environment import environment_facts
 
@@ -37,19 +35,16 @@ def doctor(context: click.Context, as_json: bool) -> None:
     able = can_compile(findings)
     facts = environment_facts()
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "can_compile": able,
-                    "default_target": DEFAULT_TARGET,
-                    "findings": [dataclasses.asdict(item) for item in findings],
-                    "environment": facts,
-                },
-                indent=2,
-            )
+        print_json(
+            {
+                "can_compile": able,
+                "default_target": DEFAULT_TARGET,
+                "findings": [dataclasses.asdict(item) for item in findings],
+                "environment": facts,
+            }
         )
     else:
-        _show(Console(highlight=False), findings, facts)
+        _show(make_console(), findings, facts)
     if not able:
         context.exit(MissingDependencyError.exit_code)
 

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+from qdexport.cli.console import make_console
+
 __all__ = ["explanation", "show_explanation"]
 
 _WORDS = {
-    "changed": "[bold]changed[/]",
-    "around": "changed what is around it",
-    "skipped": "left it",
-    "nothing": "[dim]nothing to do[/]",
+    "changed": ("changed", "bold"),
+    "around": ("changed what is around it", ""),
+    "skipped": ("left it", ""),
+    "nothing": ("nothing to do", "dim"),
 }
 
 
@@ -36,13 +38,12 @@ def explanation(folder: Path, layer: str) -> list[dict[str, Any]]:
 
 def show_explanation(folder: Path, layer: str) -> None:
     """Prints it on stderr, so that ``--json`` stays the only thing on stdout."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=layer, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for title in ("pass", "what it did", "where, and why"):
         table.add_column(title)
     for item in explanation(folder, layer):
-        table.add_row(item["pass"], _WORDS[item["what"]], escape("\n".join(item["details"])))
-    Console(stderr=True, highlight=False).print(table)
+        table.add_row(item["pass"], Text(*_WORDS[item["what"]]), "\n".join(item["details"]))
+    make_console(stderr=True).print(table)

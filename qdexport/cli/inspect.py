@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qdexport.cli.console import make_console, print_json
 from qdexport.cli.explain import explanation, show_explanation
 from qdexport.core.gpus import GPUS, gpu_named
+from qdexport.core.shown import one_line
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def inspect(  # one argument per option
     With --gpu, a plan's kernels with the bytes they move, the operations they do, and the time that the card's peak
     rates leave them (a bound, not a measurement), and what to change.
     """
-    from rich.console import Console
-
     if explain is not None:
         _explain(path, explain, as_json=as_json)
         return
@@ -60,14 +59,14 @@ def inspect(  # one argument per option
         raise click.UsageError("--plot draws predicted costs: say for which card with --gpu")
     facts = _facts(path) if gpu is None else _cost_facts(path, gpu, plot)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        print_json(facts)
         return
-    _print(facts, Console(highlight=False), None if layers else _ROWS)
+    _print(facts, make_console(), None if layers else _ROWS)
 
 
 def _explain(path: Path, layer: str, *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(explanation(path, layer), indent=2))
+        print_json(explanation(path, layer))
     else:
         show_explanation(path, layer)
 
@@ -127,8 +126,8 @@ def _folder_facts(path: Path) -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any], console: Console, rows: int | None) -> None:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     if "report" in facts:
         from qdexport.core.results import Report
@@ -141,35 +140,34 @@ def _print(facts: dict[str, Any], console: Console, rows: int | None) -> None:
     for key, value in facts.items():
         if not isinstance(value, list):
             shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else _cell(value, None)
-            table.add_row(f"[dim]{key.replace('_', ' ')}[/]", escape(shown))  # [batch,4] is no markup
+            table.add_row(Text(key.replace("_", " "), style="dim"), shown)
     console.print(table)
     for key, value in facts.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            console.print(f"\n[bold]{key}[/] ({len(value)})")
+            console.print(Text.assemble("\n", (key, "bold"), f" ({len(value)})"))
             _print_table(console, value, _COST_COLUMNS if "microseconds" in value[0] else list(value[0]), rows)
         elif isinstance(value, list) and value:
-            console.print(f"\n[bold]{key}[/]")
+            console.print(Text.assemble("\n", (key, "bold")))
             for item in value:
                 console.print(f"- {item}")
 
 
 def _print_table(console: Console, items: list[dict[str, Any]], columns: list[str], rows: int | None) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="ellipsis", no_wrap=True)
     for item in items[:rows]:
-        table.add_row(*(escape(_cell(item[column])) for column in columns))
+        table.add_row(*(_cell(item[column]) for column in columns))
     console.print(table)
     if rows is not None and len(items) > rows:
-        console.print(f"[dim]... {len(items) - rows} more; --layers shows all[/]")
+        console.print(f"... {len(items) - rows} more; --layers shows all", style="dim")
 
 
 def _cell(value: Any, width: int | None = _WIDTH) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = one_line(", ".join(map(str, value)) if isinstance(value, list) else str(value))
     # module paths differ at their ends
     return text if width is None or len(text) <= width else f"\N{HORIZONTAL ELLIPSIS}{text[1 - width :]}"

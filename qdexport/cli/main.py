@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import Any
@@ -13,12 +12,13 @@ from qdexport import __version__
 from qdexport.cli.allocate import allocate, sensitivity
 from qdexport.cli.compile import build, compile_, export, quantize, validate
 from qdexport.cli.doctor import doctor
+from qdexport.cli.ending import Failure, ended
 from qdexport.cli.inspect import inspect
 from qdexport.cli.passes import passes
 from qdexport.cli.recipes import recipes
 from qdexport.cli.sample import sample
 from qdexport.cli.search import search
-from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
+from qdexport.errors import QdExportError
 
 __all__ = ["cli", "main"]
 
@@ -32,6 +32,7 @@ Examples:
 \b
 Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 model, 4 capture, 5 compiler pass, 6 ONNX file,
 7 engine build, 8 parity or audit failed, 9 missing package or device, 10 output folder, 130 interrupted.
+Of an error that was not foreseen (1) the message names a file with the traceback.
 """
 
 
@@ -42,9 +43,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except QdExportError as error:
-            logging.getLogger(__name__).debug("traceback", exc_info=error)
-            kind = type("Failure", (click.ClickException,), {"exit_code": error.exit_code})
-            raise kind(str(error)) from error
+            raise Failure(error) from error
 
 
 @click.group(
@@ -67,16 +66,6 @@ def main() -> None:
     # Threads that spin while they wait make small networks many times slower as soon as anything else runs on the
     # machine (10 s against 1.3 s for the same denoiser calls on two busy cores). Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        click.echo(
-            "\nInterrupted. Finished stages and calibration batches are kept: the same command continues there.",
-            err=True,
-        )
-        sys.exit(INTERRUPTED_EXIT_CODE)
+    # No process that is started from here may import a file of the current folder, which can be a downloaded model.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    sys.exit(ended(lambda: cli.main(standalone_mode=False), as_json="--json" in sys.argv[1:]))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-import yaml
 
 from qdexport.core.gpus import GPUS
 from qdexport.core.target import TARGETS
+from qdexport.core.yaml_text import parse_yaml
 from qdexport.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -153,10 +153,7 @@ def overrides_of(
         key, separator, text = assignment.partition("=")
         if not separator or not key:
             raise RecipeError(f"--set {assignment!r} is not KEY=VALUE")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {assignment!r}: the value is not valid YAML: {error}") from error
+        values[key] = parse_yaml(text, f"--set {assignment!r}: the value")
     if body is not None:
         values["body"] = body
     if opset is not None:

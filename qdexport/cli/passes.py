@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect as python_inspect
-import json
 import sys
 
 import click
+
+from qdexport.cli.console import make_console, print_json, say
 
 __all__ = ["passes"]
 
@@ -41,7 +42,10 @@ def passes(name: str | None, as_json: bool) -> None:
             near = difflib.get_close_matches(name, documents, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"no pass {name!r}{hint} (passes: {', '.join(documents)})")
-        click.echo(json.dumps({"name": name, "text": documents[name]}, indent=2) if as_json else documents[name])
+        if as_json:
+            print_json({"name": name, "text": documents[name]})
+        else:
+            say(documents[name])
         return
     rows = [
         {
@@ -53,10 +57,8 @@ def passes(name: str | None, as_json: bool) -> None:
         for item in known
     ]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -64,8 +66,8 @@ def passes(name: str | None, as_json: bool) -> None:
     table.add_column("numbers", max_width=24)
     table.add_column("what it does")
     for row in rows:
-        table.add_row(str(row["name"]), str(row["numbers"]), escape(str(row["what"])))
-    Console(highlight=False).print(table)
+        table.add_row(str(row["name"]), str(row["numbers"]), str(row["what"]))
+    make_console().print(table)
 
 
 def _numbers(kind: type) -> str:

@@ -6,13 +6,16 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
+from qdexport.cli.console import make_console
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rich.console import Console
 
     from qdexport.core.progress import Advance
 
@@ -37,7 +40,7 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or make_console(stderr=True)
         self._clock = clock
         self._quiet = quiet
         self._bars = not quiet and self.console.is_terminal and not self.console.is_dumb_terminal

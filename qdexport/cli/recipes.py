@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from qdexport.cli.console import make_console, print_json, say
 
 __all__ = ["recipes"]
 
@@ -25,22 +25,23 @@ def recipes(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         recipe = load_recipe(name)
-        click.echo(recipe.model_dump_json(indent=2) if as_json else _comments(name) + recipe.to_yaml(), nl=as_json)
+        if as_json:
+            print_json(recipe.model_dump(mode="json"))
+        else:
+            say(_comments(name) + recipe.to_yaml(), newline=False)
         return
     loaded = [load_recipe(preset) for preset in preset_names()]
     if as_json:
-        click.echo(json.dumps({recipe.name: recipe.description for recipe in loaded}, indent=2))
+        print_json({recipe.name: recipe.description for recipe in loaded})
         return
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("recipe", style="bold", no_wrap=True)
     table.add_column("what it does")
     for recipe in loaded:
-        table.add_row(escape(recipe.name), escape(recipe.description))
-    Console(highlight=False).print(table)
+        table.add_row(recipe.name, recipe.description)
+    make_console().print(table)
 
 
 def _comments(name: str) -> str:

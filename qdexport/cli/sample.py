@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qdexport.cli.console import make_progress
+from qdexport.cli.console import make_progress, print_json, say
 from qdexport.cli.options import common
 from qdexport.errors import ModelError
 
@@ -53,8 +53,6 @@ def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, 
     `onnx` runs every network that was compiled in ONNX Runtime: the denoiser, and the text encoders and the VAE's
     decoder where the folder has them.
     """
-    import json
-
     from qdexport.models.sampling import SampleRequest, prompts_for
     from qdexport.pipeline.sampling import open_denoisers, save_images
 
@@ -74,8 +72,8 @@ def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, 
             images[kind] = denoisers.sample(kind, request)
     paths = save_images(options["out"], images, list(texts))
     if options["as_json"]:
-        click.echo(json.dumps({"prompts": list(texts), "images": [str(path) for path in paths]}))
+        print_json({"prompts": list(texts), "images": [str(path) for path in paths]})
     elif not paths:
         raise ModelError("nothing was sampled")
     else:
-        click.echo(f"{len(paths)} files in {options['out']}, the grid is {paths[-1]}")
+        say(f"{len(paths)} files in {options['out']}, the grid is {paths[-1]}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdexport.cli.compile import out_folder, prepared_options, run_stages
+from qdexport.cli.console import make_console, print_json
 from qdexport.cli.options import common, form_options, out_option, recipe_options, target_option, worker_options
 
 if TYPE_CHECKING:
@@ -71,24 +72,23 @@ def _results(out: Path, options: dict[str, Any]) -> None:
         with atomic_path(options["write"]) as partial:
             shutil.copyfile(folder / FORMS_FILE, partial)
     if options["as_json"]:
-        click.echo(facts.model_dump_json(exclude_defaults=True))
+        print_json(facts.model_dump(mode="json", exclude_defaults=True))
     else:
         show_search(facts)
 
 
 def show_search(facts: SearchFacts) -> None:
     """Prints every operator's forms with their costs, and the whole network before and after."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False)
+    console = make_console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("operator", "shape", "form", "costs of its block, by form"):
         table.add_column(title)
     for entry in facts.entries:
         shape = ", ".join(f"{name} {value}" for name, value in entry.signature.items())
-        table.add_row(entry.operator, escape(shape), f"[bold]{entry.form}[/]", escape("\n".join(map(str, entry.tried))))
+        table.add_row(entry.operator, shape, Text(entry.form, style="bold"), "\n".join(map(str, entry.tried)))
     console.print(table)
     console.print(
         f"{facts.blocks} blocks; {facts.built} answers were worked out, {facts.found_again} found again "

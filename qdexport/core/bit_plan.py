@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qdexport.core.files import write_text
+from qdexport.core.reading import read_text, reading
 from qdexport.core.spec import LayerPlan
+from qdexport.core.yaml_text import YAML_LIMIT, parse_yaml
 from qdexport.errors import RecipeError
 
 __all__ = ["FLOAT_BITS", "BitPlan", "LayerBits", "apply_bit_plan", "check_width"]
@@ -106,18 +108,14 @@ class BitPlan(BaseModel):
             RecipeError: no such file, no YAML, a key that is unknown or missing, a width outside 2 to 8 and 16; with
                 ``plans`` an unknown layer (with the nearest names) or a missing one.
         """
-        try:
-            data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"bit plan {path} cannot be read: {error}") from error
-        except yaml.YAMLError as error:
-            raise RecipeError(f"bit plan {path} is not valid YAML: {error}") from error
+        data = parse_yaml(read_text(path, RecipeError, limit=YAML_LIMIT), f"bit plan {path}")
         if not isinstance(data, dict):
             raise RecipeError(f"bit plan {path} must hold a mapping with `layers`, not {type(data).__name__}")
-        try:
-            plan = cls.model_validate(data)
-        except ValidationError as error:
-            raise RecipeError(_explain(path, error)) from error
+        with reading(f"bit plan {path}", RecipeError):
+            try:
+                plan = cls.model_validate(data)
+            except ValidationError as error:
+                raise RecipeError(_explain(path, error)) from error
         if plans is not None:
             _check_names(plan, plans, f"bit plan {path}")
         return plan

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qdexport.core.io_spec import IoSpec
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -76,4 +77,5 @@ class CompanionFacts(BaseModel):
         text = metadata.get(COMPANION_KEY)
         if text is None:
             raise ModelError(f"{source} is no text encoder and no VAE decoder that qdexport wrote")
-        return cls.model_validate_json(text)
+        with reading(source, ModelError, "export it again", what="holds facts that this qdexport cannot read"):
+            return cls.model_validate_json(text)

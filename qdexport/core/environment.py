@@ -136,7 +136,7 @@ def _minimums() -> dict[str, str]:
 def _in_child(module: str, code: str, failures: dict[str, str]) -> str:
     try:
         child = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=_CHILD_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         failures[module] = f"loading it took more than {_CHILD_SECONDS} s"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdexport.core.json_text import json_text
 from qdexport.core.writing import output_errors
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically, two spaces of indent, keys in the given order."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes JSON atomically, two spaces of indent, keys in the given order; NaN and infinity as text."""
+    write_text(path, json_text(value, indent=2, ascii_only=False) + "\n")
 
 
 def _umask() -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from qdexport.core.io_spec import IoSpec
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class NetworkFacts(BaseModel):
         text = metadata.get(METADATA_KEY)
         if text is None:
             raise ModelError(f"{source} was not written by qdexport: it does not say which timesteps it holds")
-        return cls.model_validate_json(text)
+        with reading(source, ModelError, "export it again", what="holds facts that this qdexport cannot read"):
+            return cls.model_validate_json(text)
 
     def check_timesteps(self, timesteps: Iterable[float]) -> None:
         """Refuses a schedule that the network has no rows for.

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qdexport.core.companion_facts import CompanionName
 from qdexport.core.digests import digest_of
+from qdexport.core.reading import read_text, reading
 from qdexport.core.spec import Granularity, QuantSpec
+from qdexport.core.yaml_text import YAML_LIMIT, parse_yaml
 from qdexport.errors import RecipeError
 
 __all__ = [
@@ -371,23 +373,17 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
         RecipeError: no such recipe, no YAML, an unknown key (with a suggestion) or a value out of range.
     """
     is_path = source.endswith((".yaml", ".yml"))
-    if is_path and not Path(source).is_file():
-        raise RecipeError(f"recipe file {source} does not exist")
-    try:
-        text = Path(source).read_text(encoding="utf-8") if is_path else preset_text(source)
-        data = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe file {source} cannot be read as UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source} is not valid YAML: {error}") from error
+    text = read_text(Path(source), RecipeError, limit=YAML_LIMIT) if is_path else preset_text(source)
+    data = parse_yaml(text, source)
     if not isinstance(data, dict):
         raise RecipeError(f"{source} must hold a mapping with `name` and `rules`, not {type(data).__name__}")
     for key, value in (overrides or {}).items():
         _assign(data, key.split("."), value)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise RecipeError(_explain(source, text, error)) from error
+    with reading(source, RecipeError):
+        try:
+            return Recipe.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(_explain(source, text, error)) from error
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
@@ -407,7 +403,7 @@ def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _position(item: list[Any], path: list[str], index: int) -> int:
     parent = ".".join(path[:index])
-    if not path[index].isdigit():
+    if not (path[index].isascii() and path[index].isdigit() and len(path[index]) < 10):
         raise RecipeError(f"cannot set {'.'.join(path)}: {parent} is a list; number its entries, as in {parent}.0")
     if int(path[index]) >= len(item):
         raise RecipeError(f"cannot set {'.'.join(path)}: {parent} has {len(item)} entries, counted from 0")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 from typing import TYPE_CHECKING, Any
 
-import google.protobuf.message
 import onnx_ir as ir
 
 from qdexport.core.companion_facts import COMPANION_KEY, CompanionFacts
 from qdexport.core.network_facts import METADATA_KEY, NetworkFacts
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
-from qdexport.graph.query import COMPUTE_OPS, const_or_none
+from qdexport.graph.query import COMPUTE_OPS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,12 +25,12 @@ def load_onnx(path: Path) -> ir.Model:
     Raises:
         ModelError: the file is absent or no ONNX file.
     """
-    try:
+    if not path.exists():
+        raise ModelError(f"{path} does not exist")
+    if not path.is_file():
+        raise ModelError(f"{path} is not an ONNX file: it is a folder, a pipe or a device")
+    with reading(path, ModelError, what="is not an ONNX file, or is truncated"):
         model = ir.load(path)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist") from error
-    except (google.protobuf.message.DecodeError, ValueError) as error:
-        raise ModelError(f"{path} is not an ONNX file, or is truncated: {error}") from error
     if len(model.graph) == 0:
         raise ModelError(f"{path} is not an ONNX file, or is truncated: it holds no graph")
     return model
@@ -43,6 +43,11 @@ def onnx_facts(path: Path) -> dict[str, Any]:
         ModelError: the file is absent or no ONNX file.
     """
     model = load_onnx(path)
+    with reading(path, ModelError, what="is an ONNX file that is not legal"):
+        return _facts(path, model)
+
+
+def _facts(path: Path, model: ir.Model) -> dict[str, Any]:
     stored: collections.Counter[str] = collections.Counter()
     for value in model.graph.initializers.values():
         if value.const_value is not None:
@@ -80,9 +85,10 @@ def _layers(model: ir.Model) -> list[dict[str, Any]]:
     for node in model.graph:
         if node.op_type not in COMPUTE_OPS:
             continue
-        source = node.inputs[1]
-        while source is not None and const_or_none(source) is None:
-            producer = source.producer()
+        source, seen = node.inputs[1] if len(node.inputs) > 1 else None, set[ir.Value]()
+        while source is not None and ir.convenience.get_const_tensor(source) is None:
+            producer = None if source in seen else source.producer()  # nodes of a file may form a circle
+            seen.add(source)
             source = producer.inputs[0] if producer is not None and producer.inputs else None
             if producer is not None and producer.op_type not in {"DequantizeLinear", "Cast", "Transpose", "Reshape"}:
                 source = None

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_classes import (
     FLUX,
@@ -47,8 +48,7 @@ _DTYPES: Final[dict[str, torch.dtype]] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-# what diffusers and transformers raise about files; everything foreseeable is checked before
-_LIBRARY_ERRORS: Final = (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError, ImportError)
+_REMEDY: Final = "mend its configuration, or download the model again"
 _FEW_STEP_SCHEDULERS: Final = ("LCMScheduler", "TCDScheduler")
 _NO_WEIGHTS: Final = ("Tokenizer", "Processor", "FeatureExtractor", "Scheduler")
 
@@ -75,7 +75,11 @@ def load_model(
             is of a kind that qdexport does not compile. The message names the file.
     """
     name, folder = resolve_source(source, variant)
-    dtype = _dtype(torch_dtype)
+    with reading(folder, ModelError, _REMEDY, what="is a model that cannot be loaded"):
+        return _load(name, folder, variant, _dtype(torch_dtype))
+
+
+def _load(name: str, folder: Path, variant: str | None, dtype: torch.dtype | None) -> LoadedModel:
     if not (folder / "model_index.json").is_file():
         denoiser, stored = _load_denoiser(folder, variant, dtype)
         loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component=_usual_name(denoiser))
@@ -212,19 +216,16 @@ def _load_denoiser(
     weights = find_weights(folder, variant)
     check_weights(weights)
     stored = stored_dtype(weights, strict=dtype is None)
-    try:
-        with quiet_libraries():
-            denoiser, info = cls.from_pretrained(  # type: ignore[attr-defined]  # diffusers is untyped
-                folder,
-                variant=variant,
-                dtype=dtype or _DTYPES[stored],
-                use_safetensors=not weights.pickled,
-                low_cpu_mem_usage=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except _LIBRARY_ERRORS as error:
-        raise ModelError(f"diffusers cannot load {folder}: {error}") from error
+    with reading(f"diffusers cannot load {folder}", ModelError, _REMEDY, what=""), quiet_libraries():
+        denoiser, info = cls.from_pretrained(  # type: ignore[attr-defined]  # diffusers is untyped
+            folder,
+            variant=variant,
+            dtype=dtype or _DTYPES[stored],
+            use_safetensors=not weights.pickled,
+            low_cpu_mem_usage=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelError(f"{weights.files[0]} lacks {len(missing)} weights of the config, for instance {missing[0]!r}")
@@ -250,21 +251,18 @@ def _load_pipeline(
     options |= {part: None for part, entry in index.items() if entry == [None, None]}  # saved without it
     accepted = inspect.signature(cls.__init__).parameters
     denoiser = next(iter(parts.values()))
-    try:
-        with quiet_libraries():
-            pipeline = cls.from_pretrained(
-                folder,
-                **parts,
-                **{key: value for key, value in options.items() if key in accepted},
-                variant=variant,
-                dtype=denoiser.dtype,
-                use_safetensors=None if pickled else True,
-                low_cpu_mem_usage=True,
-                local_files_only=True,
-            )
-    except _LIBRARY_ERRORS as error:
-        raise ModelError(f"diffusers cannot load the pipeline {folder}: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
+    with reading(f"diffusers cannot load the pipeline {folder}", ModelError, _REMEDY, what=""), quiet_libraries():
+        pipeline = cls.from_pretrained(
+            folder,
+            **parts,
+            **{key: value for key, value in options.items() if key in accepted},
+            variant=variant,
+            dtype=denoiser.dtype,
+            use_safetensors=None if pickled else True,
+            low_cpu_mem_usage=True,
+            local_files_only=True,
+        )
+        pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models import shapes
 from qdexport.models.conditions import class_labels, lacks_text_encoder, text_arguments
@@ -229,6 +230,7 @@ class _Tap(nn.Module):
         # not as submodules: to() or save_pretrained() must not reach them through the tap
         self.__dict__.update(_own=own, _target=target, _before=before, _after=after, _labels=labels)
         self._step, self._timestep = -1, -1.0
+        self.failed: Exception | None = None  # what the caller's functions raised
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_own"], name)
@@ -241,11 +243,21 @@ class _Tap(nn.Module):
             timestep = inputs["timestep"].item()
             if self._step < 0 or timestep != self._timestep:
                 self._step, self._timestep = self._step + 1, timestep
-            self._before(self._step, timestep, inputs)
-        output = self._target(*args, **kwargs)
-        self._after()
+            with self._callers():
+                self._before(self._step, timestep, inputs)
+        with contextlib.nullcontext() if self._target is self._own else self._callers():
+            output = self._target(*args, **kwargs)
+        with self._callers():
+            self._after()
         return output
 
+    @contextlib.contextmanager
+    def _callers(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failed = error
+            raise
 
     def _labels_for(self, sample: Tensor) -> Tensor:
         """The labels of the batch, once more for each half of a guided call."""
@@ -275,8 +287,26 @@ def _batches(
         labels = _missing_labels(loaded, request, start)
         tap = _Tap(own, target, None if before is None else partial(before, batch), after, labels)
         with _in_place_of(pipeline, loaded.component, tap):
-            images = pipeline(**_arguments(loaded, request, start)).images
-        yield _to_array(images)
+            arguments = _arguments(loaded, request, start)
+            with _of_the_pipeline(loaded, tap):
+                images = _to_array(pipeline(**arguments).images)
+        yield images
+
+
+@contextlib.contextmanager
+def _of_the_pipeline(loaded: LoadedModel, tap: _Tap) -> Iterator[None]:
+    """Turns what a pipeline raises while it samples into one message: its components do not fit each other, or their
+    settings are no numbers that it can work with. What the caller's functions raise passes through.
+    """
+    remedy = "check that its components belong together (model_index.json, sizes in config.json, the scheduler)"
+    name = f"{type(loaded.pipeline).__name__} of {loaded.folder or loaded.name}"
+    try:
+        with reading(name, ModelError, remedy, what="cannot be sampled"):
+            yield
+    except ModelError as error:
+        if tap.failed is not None and tap.failed is error.__cause__:
+            raise tap.failed from None
+        raise
 
 
 @contextlib.contextmanager

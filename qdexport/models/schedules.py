@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 from torch import nn
 
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_classes import FLUX, SD3, config_of, family_of
 from qdexport.models.loaded import LoadedModel
@@ -46,14 +47,12 @@ def scheduler_timesteps(loaded: LoadedModel, steps: int | None) -> list[int | fl
     """
     if loaded.scheduler is None:
         raise ModelError(f"{loaded.name} has no scheduler; give the whole pipeline's folder")
-    # a copy: set_timesteps changes the scheduler that a pipeline may be using
-    scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
     count = steps or loaded.defaults.steps
-    try:
+    with reading(type(loaded.scheduler).__name__, ModelError, what=f"cannot sample in {count} steps"):
+        # a copy: set_timesteps changes the scheduler that a pipeline may be using
+        scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
         scheduler.set_timesteps(count, **_settings(loaded, scheduler, count))
-    except ValueError as error:
-        raise ModelError(f"{type(scheduler).__name__} cannot sample in {count} steps: {error}") from error
-    return [int(step) if float(step).is_integer() else float(step) for step in scheduler.timesteps.tolist()]
+        return [int(step) if float(step).is_integer() else float(step) for step in scheduler.timesteps.tolist()]
 
 
 def _settings(loaded: LoadedModel, scheduler: Any, count: int) -> dict[str, Any]:

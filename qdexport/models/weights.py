@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from qdexport.core.reading import read_json_file, reading, reason
 from qdexport.errors import ModelError
 
 __all__ = ["WeightFiles", "check_weights", "find_weights", "read_json", "stored_dtype", "variants_in"]
@@ -60,12 +61,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: The file is missing, no JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing; download the model again") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); download it again") from error
+    if not path.exists():
+        raise ModelError(f"{path} is missing; download the model again")
+    value = read_json_file(path, ModelError, "download it again")
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a JSON {type(value).__name__}, expected an object with named fields")
     return value
@@ -195,12 +193,10 @@ def _tensors(path: Path, *, pickled: bool) -> Iterator[tuple[str, torch.Tensor]]
         yield from _load_pickle(path).items()
         return
     _read_header(path)
-    try:
-        with safe_open(path, framework="pt") as reader:
-            for name in reader.keys():  # noqa: SIM118 - a reader is not iterable
-                yield name, reader.get_tensor(name)
-    except SafetensorError as error:
-        raise ModelError(f"{path} is not a legal safetensors file ({error}); download it again") from error
+    with reading(path, ModelError, "download it again", what="is not a legal safetensors file"), \
+            safe_open(path, framework="pt") as reader:
+        for name in reader.keys():  # noqa: SIM118 - a reader is not iterable
+            yield name, reader.get_tensor(name)
 
 
 def _read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -217,12 +213,10 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
         raise ModelError(
             f"{path} is truncated: it has {size} bytes, its header alone {8 + length}; download it again"
         )
-    try:
+    with reading(path, ModelError, "download it again", what="has a broken safetensors header"):
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         declared = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ModelError(f"{path} has a broken safetensors header ({error}); download it again") from error
     if size < declared:
         raise ModelError(
             f"{path} is truncated: it has {size} bytes, its header declares {declared}; download it again"
@@ -247,8 +241,8 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is damaged or holds more than weights, and loading it could run code ({first_line}); "
             "convert it to safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ModelError(f"{path} is not a whole PyTorch checkpoint ({error}); download it again") from error
+    except Exception as error:
+        raise ModelError(f"{path} is not a whole PyTorch checkpoint ({reason(error)}); download it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ModelError(f"{path} is not a dictionary of tensors; save the model with save_pretrained")
     return state

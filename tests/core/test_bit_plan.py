@@ -126,5 +126,5 @@ def test_a_bad_file_says_where(tmp_path: Path, old: str, new: str, message: str)
 
 
 def test_no_file() -> None:
-    with pytest.raises(RecipeError, match=r"nowhere\.yaml cannot be read"):
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml does not exist"):
         BitPlan.load(Path("nowhere.yaml"))
