@@ -29,6 +29,7 @@ __all__ = [
     "Quality",
     "QualityScores",
     "Report",
+    "ScaleRow",
     "ShapeParity",
     "StageFacts",
     "WeightStorage",
@@ -144,9 +145,19 @@ class WeightStorage(_Record):
     engine: str | None = None
 
 
+class ScaleRow(_Record):
+    """A row of the tables of activation scales: the timestep that it was calibrated at, and the first and the last one
+    that reads it, as the nearest.
+    """
+
+    timestep: float
+    first: float
+    last: float
+
+
 class Coverage(_Record):
     """Compute type per layer: planned, found in the ONNX file, found in the compiled plan; ``storage`` has the layers
-    whose weight alone is quantized.
+    whose weight alone is quantized, ``scale_rows`` nothing where activation scales are the same at every step.
     """
 
     planned: dict[str, str]
@@ -156,6 +167,7 @@ class Coverage(_Record):
     bits: dict[str, list[int]] = Field(default_factory=dict)
     why: dict[str, str] = Field(default_factory=dict)
     notes: dict[str, str] = Field(default_factory=dict)
+    scale_rows: list[ScaleRow] = Field(default_factory=list)
     macs_planned_share: float = 0.0
     average_weight_bits: float | None = None
     mismatches: list[str] = Field(default_factory=list)

@@ -17,15 +17,17 @@ from qdexport.check.session import REFERENCE
 from qdexport.check.shapes import shape_parity
 from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
-from qdexport.core.results import Coverage, Plan, WeightStorage
+from qdexport.core.results import Coverage, Plan, ScaleRow, WeightStorage
 from qdexport.core.spec import Granularity, layer_precision, weight_storage
 from qdexport.core.target import target_named
+from qdexport.core.timesteps import stretches
 from qdexport.emit.coverage import onnx_coverage, onnx_weight_types
 from qdexport.emit.facts import read_network_facts
 from qdexport.models.sampling import prompts_for
 from qdexport.pipeline.lower import stores_int4_weight_only, stores_int4_weights
 from qdexport.pipeline.sampling import save_images
 from qdexport.pipeline.workspace import Made
+from qdexport.quant.attach import training_steps_of
 from qdexport.quant.plan import average_weight_bits, macs_share
 
 if TYPE_CHECKING:
@@ -103,10 +105,21 @@ def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None, *, in
             if layer.weight is not None
         },
         why={part: layer.why for layer in model.plans for part in layer.parts},
+        scale_rows=_scale_rows(model),
         macs_planned_share=macs_share(model.plans),
         average_weight_bits=average_weight_bits(model.denoiser, model.plans),
         mismatches=[*audit(planned, emitted, compiled), *storage_mismatches(storage), *sums],
     )
+
+
+def _scale_rows(model: QuantizedModel) -> list[ScaleRow]:
+    if model.rows == 1:
+        return []
+    read = stretches(model.timesteps, training_steps_of(model.loaded))
+    return [
+        ScaleRow(timestep=step, first=first, last=last)
+        for step, (first, last) in zip(model.timesteps, read, strict=True)
+    ]
 
 
 def _scaled_per_channel(model: QuantizedModel) -> frozenset[str]:

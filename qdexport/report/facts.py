@@ -178,6 +178,22 @@ def weakest(parity: Parity) -> tuple[LayerParity | None, LayerParity | None]:
     return flips, min(parity.layers, key=lambda layer: layer.sqnr_db)
 
 
+def scale_rows(coverage: Coverage) -> str:
+    """What is read at a timestep that was not calibrated; empty where scales are the same at every step."""
+    rows = coverage.scale_rows
+    if not rows:
+        return ""
+    own = [row.timestep for row in rows]
+    nearest = [row for row in rows if row.first != row.last]
+    if not nearest:
+        return f"each of the {len(rows)} timesteps has scales of its own"
+    example = max(nearest, key=lambda row: row.last - row.first)
+    return (
+        f"{len(rows)} timesteps from {own[0]:g} to {own[-1]:g} have scales of their own; any other reads those of the "
+        f"nearest of them ({example.first:g} to {example.last:g} those of {example.timestep:g})"
+    )
+
+
 def differing(layer: LayerParity) -> tuple[str, float]:
     """Which codes of a layer differ, and how large a share: those of its weight first, of which none may."""
     if layer.weight_flip_rate:

@@ -66,9 +66,7 @@ def summary(report: Report, console: Console, folder: Path | None = None) -> Non
 def _lines(report: Report) -> list[tuple[str, Text]]:
     lines = []
     if report.coverage is not None:
-        lines.append(("layers", _layers(report.coverage)))
-        if report.coverage.storage:
-            lines.append(("weights", _weights(report.coverage)))
+        lines.extend(_coverage(report.coverage))
     if report.parity is not None:
         told = _parity(report.parity, facts.sqnr_limit(report))
         lines.extend(("" if index else "parity", line) for index, line in enumerate(told))
@@ -94,6 +92,15 @@ def _lines(report: Report) -> list[tuple[str, Text]]:
     )
     if len(found) > _MOST_PROBLEMS:
         lines.append(("", Text(f"and {len(found) - _MOST_PROBLEMS} more in report.json", style="bold red")))
+    return lines
+
+
+def _coverage(coverage: Coverage) -> list[tuple[str, Text]]:
+    lines = [("layers", _layers(coverage))]
+    if coverage.scale_rows:
+        lines.append(("steps", Text(facts.scale_rows(coverage))))
+    if coverage.storage:
+        lines.append(("weights", _weights(coverage)))
     return lines
 
 

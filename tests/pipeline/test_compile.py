@@ -34,6 +34,8 @@ def test_planned_emitted_and_compiled_types_agree(compiled):
     assert coverage.onnx == coverage.planned
     assert coverage.engine == coverage.planned
     assert coverage.macs_planned_share >= 0.99
+    assert [(row.first, row.last) for row in coverage.scale_rows] == [(501, 999), (168, 500), (0, 167)]
+    assert [row.timestep for row in coverage.scale_rows] == [667, 334, 1]
 
 
 def test_codes_are_equal_on_every_layer(compiled):

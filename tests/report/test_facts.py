@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qdexport.core.results import Report, WeightStorage
+from qdexport.core.results import Report, ScaleRow, WeightStorage
 from qdexport.report import facts
 
 
@@ -58,6 +58,22 @@ def test_numbers_that_fall_short_are_marked(report: Report) -> None:
     tones = {item.label: item.tone for item in facts.headlines(report)}
     assert tones["Differing weight codes, worst layer"] == "bad"
     assert tones["End to end, one call"] == "bad"
+
+
+def test_timesteps_without_scales_of_their_own_are_told(report: Report) -> None:
+    coverage = report.coverage
+    assert coverage is not None
+    assert facts.scale_rows(coverage) == ""
+    coverage.scale_rows = [
+        ScaleRow(timestep=step, first=first, last=last)
+        for step, first, last in ((901, 750, 999), (601, 302, 749), (1, 0, 301))
+    ]
+    assert facts.scale_rows(coverage) == (
+        "3 timesteps from 901 to 1 have scales of their own; any other reads those of the nearest of them "
+        "(302 to 749 those of 601)"
+    )
+    coverage.scale_rows = [ScaleRow(timestep=step, first=step, last=step) for step in (1, 0)]
+    assert facts.scale_rows(coverage) == "each of the 2 timesteps has scales of its own"
 
 
 def test_int4_weights_may_compute_in_int8() -> None:

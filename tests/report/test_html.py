@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qdexport.core.results import KernelFact, Plan, ProfileFacts, Report
+from qdexport.core.results import KernelFact, Plan, ProfileFacts, Report, ScaleRow
 from qdexport.report.html import ReportInputs, write_html
 
 if TYPE_CHECKING:
@@ -207,6 +207,16 @@ def test_every_picture_has_a_text(tmp_path: Path, inputs: ReportInputs) -> None:
         if "viewbox" in a and "role" in a
     )
     assert sum(a.get("role") == "img" for a in page.all("svg")) == 4
+
+
+def test_the_nearest_step_is_told_beside_the_scales(tmp_path: Path, inputs: ReportInputs) -> None:
+    assert inputs.report.coverage is not None
+    inputs.report.coverage.scale_rows = [
+        ScaleRow(timestep=901, first=452, last=999), ScaleRow(timestep=1, first=0, last=451)
+    ]  # fmt: skip
+    text = " ".join(page_of(tmp_path / "report.html", inputs).texts)
+    assert "any other reads those of the nearest of them (452 to 999 those of 901)" in text
+    assert "0 to 451: those of 1" in text
 
 
 def test_static_scales_are_bars(tmp_path: Path, inputs: ReportInputs) -> None:

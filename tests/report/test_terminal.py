@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qdexport.core.results import Report
+from qdexport.core.results import Report, ScaleRow
 from qdexport.report.terminal import summary
 
 
@@ -49,6 +49,13 @@ def test_ten_seconds_are_enough(report: Report, tmp_path: Path, monkeypatch: pyt
         "see out/report.html",
     ):
         assert fact in words
+
+
+def test_the_nearest_step_is_told(report: Report) -> None:
+    assert report.coverage is not None
+    report.coverage.scale_rows = [ScaleRow(timestep=901, first=452, last=999), ScaleRow(timestep=1, first=0, last=451)]
+    words = " ".join(shown(report).split())
+    assert "2 timesteps from 901 to 1 have scales of their own; any other reads those of the nearest" in words
 
 
 def test_mismatches_are_red(report: Report) -> None:
