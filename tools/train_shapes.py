@@ -1,4 +1,4 @@
-"""Trains the bundled models `shapes` and `shapes-turbo` from nothing, and measures them."""
+"""Trains the bundled models `shapes` and `shapes-turbo` from nothing, two small ones for tests, and measures them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ Examples:
   python tools/train_shapes.py distil out/shapes-turbo
   python tools/train_shapes.py distil out/shapes-turbo --teacher out/shapes
   python tools/train_shapes.py --threads 1 distil out/try --smoke
+"""
+_SMALL_EXAMPLES = """\b
+Examples:
+  python tools/train_shapes.py small classes out/shapes-classes
+  python tools/train_shapes.py --threads 1 small velocity out/shapes-velocity
 """
 _MEASURE_EXAMPLES = """\b
 Examples:
@@ -84,6 +89,27 @@ def distil(threads: int, folder: Path, teacher: Path | None, work: Path | None, 
 
     settings = DistilSettings.smoke(seed) if smoke else DistilSettings.full(seed)
     run(teacher or bundled_model_path("shapes"), folder, work or _work_beside(folder), settings, _progress())
+
+
+@cli.command(epilog=_SMALL_EXAMPLES)
+@click.argument("kind", type=click.Choice(["classes", "velocity"]))
+@click.argument("folder", type=_FOLDER)
+@click.option("--work", type=_FOLDER, help="The checkpoint. [default: FOLDER.work]")
+@click.option("--seed", default=0, show_default=True, help="Chooses pictures, initial weights and noise.")
+@click.option("--smoke", is_flag=True, help="A few steps, to see that the tool runs.")
+@click.pass_obj
+def small(threads: int, kind: str, folder: Path, work: Path | None, seed: int, smoke: bool) -> None:
+    """Train a model of a kind that the bundled ones are not, in some minutes of one core, and write it to FOLDER.
+
+    classes: a class-conditional UNet2DModel (pictures of one thing, 16 x 16, DDIM). velocity: `shapes` with
+    prediction_type v_prediction, taught by the bundled one.
+    """
+    _prepare(threads)
+    from shapes_training.small import SmallSettings, train_classes, train_velocity
+
+    train = {"classes": train_classes, "velocity": train_velocity}[kind]
+    settings = SmallSettings.smoke(seed) if smoke else getattr(SmallSettings, kind)(seed)
+    train(folder, work or _work_beside(folder), settings, _progress())
 
 
 @cli.command(epilog=_MEASURE_EXAMPLES)

@@ -72,7 +72,10 @@ def recipe_options(function: _F) -> _F:
             "--body", type=click.Choice(["auto", "fp32", "fp16"]), help="Type of everything that is not quantized."
         ),
         click.option(
-            "--recipe", default="w8a8", show_default=True, help="A preset (see `qdexport recipes`) or a .yaml file."
+            "--recipe",
+            default="mixdq-w8a8",
+            show_default=True,
+            help="A preset (see `qdexport recipes`) or a .yaml file.",
         ),
     ):
         function = option(function)

@@ -285,10 +285,11 @@ class Recipe(_Part):
     activation_rows: Literal["static", "per_step"] | StepGroups = "static"
     time_embedding: Literal["steps", "all", "keep"] = "steps"
     split_shortcuts: bool = Field(
-        default=False, description="own quantizers for the hidden and skip halves of up-block shortcuts"
+        default=False, description="own quantizers for the hidden and skip halves of up-block shortcuts (UNets)"
     )
-    bos: Literal["off", "constant"] = Field(
-        default="off", description="constant: keys and values of the text's first token are constants (MixDQ)"
+    bos: Literal["off", "auto", "constant"] = Field(
+        default="off",
+        description="constant: keys and values of the text's first token are constants (MixDQ); auto: where they are",
     )
     channel_scale: ChannelScale | None = None
     softmax: SoftmaxQuant | None = None

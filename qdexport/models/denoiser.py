@@ -14,7 +14,6 @@ from torch import nn
 
 from qdexport.core.io_spec import IoSpec
 from qdexport.core.recipe import Shapes
-from qdexport.errors import ModelError
 from qdexport.models.denoiser_io import (
     call_denoiser,
     check_denoiser,
@@ -96,14 +95,11 @@ def shortcut_splits(denoiser: nn.Module) -> dict[str, tuple[int, int]]:
     """Widths of the two parts that the shortcut convolutions of up blocks read: hidden state, then skip.
 
     `torch.cat([hidden, skip], dim=1)` joins tensors of different ranges before the resnets of an up block;
-    what a resnet reads beyond the hidden state's width is the skip connection.
-
-    Raises:
-        ModelError: The module has no up blocks.
+    what a resnet reads beyond the hidden state's width is the skip connection. Transformers have none.
     """
     children = dict(denoiser.named_children())
     if "up_blocks" not in children:
-        raise ModelError(f"{type(denoiser).__name__} has no up_blocks; pass a diffusers UNet")
+        return {}
     before = children.get("mid_block") or list(children["down_blocks"].children())[-1]
     hidden = _width(_resnets(before)[-1][1], "out_channels")
     splits: dict[str, tuple[int, int]] = {}

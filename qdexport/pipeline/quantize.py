@@ -21,7 +21,7 @@ from qdexport.core.writing import output_errors, scratch_folder
 from qdexport.models.denoiser import layer_macs, shortcut_splits, smallest_io, trace_denoiser
 from qdexport.models.denoiser_io import io_spec, sized
 from qdexport.quant.attach import QuantizedModel, quantize_model
-from qdexport.quant.bos import find_bos
+from qdexport.quant.bos import decided_bos, find_bos
 from qdexport.quant.calibrate import observe
 from qdexport.quant.groups import group_steps
 from qdexport.quant.partial import ScaledRanges
@@ -78,7 +78,7 @@ def plan_model(loaded: LoadedModel, recipe: Recipe) -> list[LayerPlan]:
     trace = trace_denoiser(loaded.denoiser, smallest_io(loaded.denoiser))
     macs = layer_macs(loaded.denoiser, io_spec(loaded, recipe.shapes, "fp32"))
     splits = shortcut_splits(loaded.denoiser) if recipe.split_shortcuts else None
-    plans = plan_layers(loaded.denoiser, recipe, macs, splits, trace)
+    plans = plan_layers(loaded.denoiser, decided_bos(loaded, recipe, trace), macs, splits, trace)
     return plans if recipe.bit_plan is None else apply_bit_plan(plans, BitPlan.load(Path(recipe.bit_plan)))
 
 
@@ -95,7 +95,7 @@ def make_quantized(
     plans = plan_model(loaded, recipe)
     check_formats(plans, settings.target)
     if settings.ranges is not None:
-        return quantize_model(loaded, plans, recipe, settings.ranges)
+        return quantize_model(loaded, plans, recipe, _with_bos(settings.ranges, loaded, plans))
     observations, ratios = observe_model(loaded, plans, recipe, settings, progress)
     if recipe.bit_allocation is not None and recipe.bit_plan is None:
         seen = ScaledRanges(observations=observations, channel_ratios=ratios)
@@ -104,9 +104,16 @@ def make_quantized(
         observations.ranges(plans),
         channel_ratios=ratios,
         softmax={} if recipe.softmax is None else observations.softmax_parameters(recipe.softmax),
-        bos=find_bos(loaded) if any(plan.bos and plan.quantized for plan in plans) else None,
     )
-    return replace(quantize_model(loaded, plans, recipe, ranges), threads=observations.threads)
+    model = quantize_model(loaded, plans, recipe, _with_bos(ranges, loaded, plans))
+    return replace(model, threads=observations.threads)
+
+
+def _with_bos(ranges: ActivationRanges, loaded: LoadedModel, plans: Sequence[LayerPlan]) -> ActivationRanges:
+    """The ranges with the text's first token, where layers leave it out and the ranges lack it."""
+    if ranges.bos is not None or not any(plan.bos and plan.quantized for plan in plans):
+        return ranges
+    return replace(ranges, bos=find_bos(loaded))
 
 
 def observe_model(

@@ -7,6 +7,7 @@ itself; its values can be a hundred times those of the others. Keys and values c
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qdexport.core.digests import digest_of
+from qdexport.core.recipe import Recipe
 from qdexport.errors import ModelError, RecipeError
 from qdexport.models.denoiser import Trace
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import NamedDenoiser, SampleRequest, prompts_for, sample
 
-__all__ = ["Bos", "bos_layers", "encoder_digest", "find_bos"]
+__all__ = ["Bos", "bos_layers", "decided_bos", "encoder_digest", "find_bos"]
+
+logger = logging.getLogger(__name__)
 
 _PROMPTS = 4
 _SEED = 11
@@ -60,6 +64,21 @@ def bos_layers(denoiser: nn.Module, trace: Trace) -> frozenset[str]:
             "none; set `bos: off`"
         )
     return found
+
+
+def decided_bos(loaded: LoadedModel, recipe: Recipe, trace: Trace) -> Recipe:
+    """The recipe with ``constant`` or ``off`` in the place of ``bos: auto``: constant where cross-attention reads the
+    text as it is, and the pipeline's text encoder gives every prompt the same first token.
+    """
+    if recipe.bos != "auto":
+        return recipe
+    try:
+        bos_layers(loaded.denoiser, trace)
+        find_bos(loaded)
+    except (ModelError, RecipeError) as reason:
+        logger.info("bos: auto is off: %s", reason)
+        return recipe.model_copy(update={"bos": "off"})
+    return recipe.model_copy(update={"bos": "constant"})
 
 
 def encoder_digest(loaded: LoadedModel) -> str:

@@ -162,7 +162,7 @@ def load_ranges(path: Path, plans: Sequence[LayerPlan]) -> ActivationRanges:
 
     Either a safetensors file of :meth:`ActivationRanges.save`, or JSON: ``{"<layer or group>": [low, high]}``
     with numbers, or with two lists of one number per row next to ``"timesteps": [...]``. A layer's name
-    counts for its whole group.
+    counts for its whole group, and for all its parts that are not named themselves (``layer#0``).
 
     Raises:
         ModelError: the file cannot be read, names an unknown layer, or leaves a layer without a range.
@@ -192,17 +192,23 @@ def _ranges_from_json(path: Path, plans: Sequence[LayerPlan]) -> ActivationRange
             near = difflib.get_close_matches(name, list(keys), n=2)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ModelError(f"{path}: {name!r} is no quantized layer of this model{hint}")
-        low[keys[name]], high[keys[name]] = _two_ends(path, name, ends)
+        lower, upper = _two_ends(path, name, ends)
+        for key in keys[name]:
+            if len(keys[name]) == 1 or key not in low:
+                low[key], high[key] = lower, upper
     return ActivationRanges(low=low, high=high, timesteps=tuple(timesteps))
 
 
-def _keys_by_name(plans: Sequence[LayerPlan]) -> dict[str, str]:
-    """Activation key by key, and by the names of layers and parts that read it."""
-    keys: dict[str, str] = {}
+def _keys_by_name(plans: Sequence[LayerPlan]) -> dict[str, tuple[str, ...]]:
+    """Activation keys by key, by group, and by the names of layers and parts that read them."""
+    keys: dict[str, tuple[str, ...]] = {}
     for plan in plans:
         if plan.quantized:
-            keys |= dict(zip(plan.parts, activation_keys(plan), strict=True))
-    return keys | {key: key for key in keys.values()}
+            own = activation_keys(plan)
+            keys |= {plan.group: own, plan.name: own}
+            keys |= {part: (key,) for part, key in zip(plan.parts, own, strict=True)}
+            keys |= {key: (key,) for key in own}
+    return keys
 
 
 def _two_ends(path: Path, name: str, ends: Any) -> tuple[Tensor, Tensor]:

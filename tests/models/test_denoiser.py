@@ -255,5 +255,4 @@ def test_tracing_leaves_no_hooks_and_changes_no_weight() -> None:
 def test_tracing_a_module_without_weights() -> None:
     with pytest.raises(ModelError, match="no diffusers config"):
         time_layers(nn.ReLU())
-    with pytest.raises(ModelError, match="has no up_blocks"):
-        shortcut_splits(nn.ReLU())
+    assert shortcut_splits(nn.ReLU()) == {}

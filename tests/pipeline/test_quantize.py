@@ -10,16 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from qdexport.cli.compile import compile_
 from qdexport.core.bit_plan import FLOAT_BITS, BitPlan, LayerBits
 from qdexport.core.progress import SilentProgress
-from qdexport.core.recipe import Recipe
+from qdexport.core.recipe import Recipe, load_recipe
 from qdexport.core.target import TARGETS
 from qdexport.errors import ModelError, RecipeError
+from qdexport.models.configs import CONFIGS
 from qdexport.models.denoiser import call_denoiser, example_inputs, io_spec
 from qdexport.models.load import LoadedModel, load_model, loaded_from_denoiser
 from qdexport.models.sampling import SampleRequest, record_calls
 from qdexport.models.synthetic import random_unet
 from qdexport.pipeline.quantize import QuantizeSettings, make_quantized, observe_model, plan_model
+from qdexport.quant import bos as bos_module
 from qdexport.quant.attach import QuantizedModel
 from qdexport.quant.calibrate import calibration_prompts
 from qdexport.quant.modules import ChannelScale, FirstToken, QuantSplitConv2d
@@ -108,6 +111,28 @@ def test_all_mechanisms_at_once(tiny: LoadedModel) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.denoiser.modules())
 
 
+def test_bos_auto_is_constant_where_the_model_has_it(tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _recipe(bos="auto")
+    model = _make(tiny, recipe)
+    assert _kinds(model) == {"bos"}
+    assert model.recipe.bos == "auto"
+    named = _make(tiny, recipe, ranges=given_ranges(plan_model(tiny, recipe), -4, 5))
+    assert model.bos is not None
+    assert named.bos is not None
+    assert torch.equal(named.bos.embedding, model.bos.embedding)
+    monkeypatch.setattr(bos_module, "_text", lambda _loaded: torch.eye(4, 64).reshape(4, 1, 64))
+    assert _kinds(_make(tiny, recipe)) == set()
+
+
+@pytest.mark.parametrize("config", [name for name in CONFIGS if name.startswith("tiny_")])
+def test_the_default_recipe_fits_every_denoiser(config: str) -> None:
+    default = next(option.default for option in compile_.params if option.name == "recipe")
+    bare = loaded_from_denoiser(random_unet(config), name=config)
+    plans = plan_model(bare, load_recipe(str(default)))
+    assert not any(plan.bos for plan in plans)
+    assert all(plan.quantized or plan.folded for plan in plans)
+
+
 def test_none_of_them(tiny: LoadedModel) -> None:
     model = _make(tiny, _recipe())
     assert _kinds(model) == set()
@@ -164,8 +189,9 @@ def test_given_ranges_need_no_sampling(tiny: LoadedModel, monkeypatch: pytest.Mo
 
 def test_given_ranges_without_what_a_mechanism_needs(tiny: LoadedModel) -> None:
     plain = given_ranges(plan_model(tiny, _recipe()), -4, 5)
-    with pytest.raises(ModelError, match="leaves the text's first token out"):
-        _make(tiny, _recipe("bos"), ranges=plain)
+    bare = loaded_from_denoiser(random_unet("tiny_sd"), name="bare")
+    with pytest.raises(ModelError, match="bare came without a text encoder"):
+        _make(bare, _recipe("bos"), ranges=given_ranges(plan_model(bare, _recipe("bos")), -4, 5))
     with pytest.raises(ModelError, match="no channel ratios for 'conv_in'"):
         _make(tiny, _recipe("scales"), ranges=plain)
 

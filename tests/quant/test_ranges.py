@@ -99,6 +99,16 @@ def test_json_by_layer_or_group(tmp_path: Path) -> None:
     assert load_ranges(path, PLANS).low["a.qkv"].tolist() == [-1]
 
 
+@pytest.mark.parametrize("part", ["cut#0", "cut#1"])
+@pytest.mark.parametrize("whole_first", [True, False])
+def test_json_names_a_split_layer_as_a_whole(tmp_path: Path, part: str, whole_first: bool) -> None:
+    ends = {"cut": [-5, 5], part: [-2, 2]} if whole_first else {part: [-2, 2], "cut": [-5, 5]}
+    ranges = load_ranges(_json(tmp_path, {"a.qkv": [-1, 1], "conv": [0, 1], **ends}), PLANS)
+    assert {key: ranges.high[key].tolist() for key in ("cut#0", "cut#1")} == {
+        key: [2] if key == part else [5] for key in ("cut#0", "cut#1")
+    }
+
+
 def test_json_with_rows(tmp_path: Path) -> None:
     rows = [[-1, -2], [1, 2]]
     value = {"timesteps": [901, 1], "a.qkv": rows, "conv": [0, 1], "cut#0": rows, "cut#1": rows}

@@ -267,6 +267,56 @@ class TestConsistency:
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+class TestSmallModels:
+    @pytest.mark.parametrize(("kind", "edge"), [("classes", 16), ("velocity", 32)])
+    def test_the_written_model_is_sampled(self, tmp_path: Path, kind: str, edge: int) -> None:
+        from qdexport.models.conditions import class_labels
+        from qdexport.models.load import load_model
+        from qdexport.models.sampling import SampleRequest, prompts_for, sample
+
+        run_inside("small", kind, str(tmp_path / kind), "--smoke")
+        loaded = load_model(str(tmp_path / kind))
+        pictures = sample(loaded, SampleRequest(prompts=tuple(prompts_for(loaded, 2, 0)), steps=2))
+        assert pictures.shape == (2, 3, edge, edge)
+        assert bool(torch.from_numpy(pictures).isfinite().all())
+        wanted = {"classes": "epsilon", "velocity": "v_prediction"}[kind]
+        assert loaded.scheduler is not None
+        assert loaded.scheduler.config.prediction_type == wanted
+        labels = class_labels(loaded.denoiser, range(200))
+        assert (labels is None) == (kind == "velocity")
+        if labels is not None:
+            assert sorted(set(labels.tolist())) == list(range(20))
+
+    def test_velocity_is_the_scheduler_s(self) -> None:
+        from shapes_training.networks import build_scheduler
+        from shapes_training.small import SmallSettings, VelocityLoss
+
+        clean = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        scheduler = build_scheduler(prediction_type="v_prediction")
+
+        class Knows(nn.Module):
+            """Knows the clean latents, so that it can say which noise was added, or the velocity."""
+
+            def __init__(self, kind: str) -> None:
+                super().__init__()
+                self.kind = kind
+
+            def forward(self, noisy: Tensor, time: Tensor, text: Tensor) -> object:
+                del text
+                kept = scheduler.alphas_cumprod[time].reshape(-1, 1, 1, 1)
+                noise = (noisy - kept.sqrt() * clean) / (1 - kept).sqrt()
+                velocity = scheduler.get_velocity(clean.expand_as(noise), noise, time)
+                return type("Out", (), {"sample": noise if self.kind == "noise" else velocity})
+
+        table = type("Table", (), {"embeddings": torch.zeros(1, 16, 64), "empty": torch.zeros(16, 64)})()
+        loss = VelocityLoss(Knows("noise"), clean, table, torch.zeros(1, dtype=torch.int64), SmallSettings.smoke(0))
+        for step in range(4):
+            source = torch.Generator().manual_seed(step)
+            # float32: the division by the share of noise, 0.03 at least, and of signal, 0.07, amplifies 6e-8
+            assert loss(Knows("velocity"), step, source).item() < 1e-8
+            assert loss(Knows("noise"), step, source).item() > 1e-3
+
+
 @pytest.mark.slow
 def test_every_stage_runs_and_resumes(tmp_path: Path) -> None:
     base, turbo = tmp_path / "base", tmp_path / "turbo"
@@ -292,7 +342,7 @@ def test_every_stage_runs_and_resumes(tmp_path: Path) -> None:
 
 
 def test_help_has_examples() -> None:
-    for command in ("base", "distil", "measure"):
+    for command in ("base", "distil", "small", "measure"):
         shown = run_tool(command, "--help")
         assert shown.returncode == 0
         assert f"\n    python tools/train_shapes.py {command} " in shown.stdout

@@ -10,12 +10,13 @@ from qdexport.core.files import write_json
 from qdexport.models.shapes import BACKGROUNDS, COLOURS, IMAGE_SIZE, RELATIONS, SHAPES
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, LCMScheduler, UNet2DConditionModel, UNet2DModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
 __all__ = [
     "LATENT_SIZE",
     "PROMPT_TOKENS",
+    "build_class_unet",
     "build_scheduler",
     "build_text_encoder",
     "build_tokenizer",
@@ -141,11 +142,33 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
-    """DDIM as Stable Diffusion configures it; trained with epsilon prediction at 1000 timesteps."""
+def build_class_unet(sample_size: int) -> UNet2DModel:
+    """Class-conditional UNet2DModel with random weights: 20 classes, 0.9 M parameters, [N, 3, size, size] pictures."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=sample_size,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=16,
+        norm_num_groups=8,
+        num_class_embeds=len(COLOURS) * len(SHAPES),
+    )
+
+
+def build_scheduler(*, clip_sample: bool = False, prediction_type: str = "epsilon") -> DDIMScheduler:
+    """DDIM as Stable Diffusion configures it, 1000 timesteps; of pixels the estimate is clipped to [-1, 1]."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(**_NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DDIMScheduler(
+        **_NOISE,
+        clip_sample=clip_sample,
+        prediction_type=prediction_type,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def build_turbo_scheduler() -> LCMScheduler:
