@@ -41,8 +41,10 @@ def load_pass(source: str) -> GraphPass:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        raise GraphPassError(f"--pass {source!r}: {path} ended with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
+        failure = GraphPassError(f"--pass {source!r}: {path} ended with {type(error).__name__}: {error}")
+        failure.keep_traceback = True
+        raise failure from error
     return _checked(source, getattr(module, name, None))
 
 
@@ -54,8 +56,27 @@ def _checked(source: str, kind: Any) -> GraphPass:
         raise RecipeError(
             f"--pass {source!r}: the class has no {', '.join(missing)}; docs/development.md says what a pass needs"
         )
-    made: GraphPass = kind()
+    wrong = _wrong_attribute(kind)
+    if wrong:
+        raise RecipeError(f"--pass {source!r}: {wrong}; docs/development.md says what a pass needs")
+    try:
+        made: GraphPass = kind()
+    except (Exception, SystemExit) as error:
+        failure = GraphPassError(f"--pass {source!r}: making the pass ended with {type(error).__name__}: {error}")
+        failure.keep_traceback = True
+        raise failure from error
     return made
+
+
+def _wrong_attribute(kind: Any) -> str:
+    if not isinstance(kind.name, str) or not kind.name:
+        return f"`name` is {kind.name!r}, not a text"
+    if not isinstance(kind.exact, bool):
+        return f"`exact` is {kind.exact!r}, not True or False"
+    after = kind.runs_after
+    if not isinstance(after, tuple | list) or not all(isinstance(item, str) for item in after):
+        return f"`runs_after` is {after!r}, not a tuple of names of passes"
+    return "" if callable(kind.apply) else f"`apply` is {kind.apply!r}, not a method"
 
 
 def with_passes(default: Sequence[GraphPass], extra: Sequence[GraphPass]) -> list[GraphPass]:

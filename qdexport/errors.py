@@ -26,6 +26,7 @@ class QdExportError(Exception):
 
     exit_code = 1
     kind = "error"
+    keep_traceback = False  # True: the command line writes the traceback of the cause to a file, and names it
 
 
 class RecipeError(QdExportError):

@@ -40,6 +40,8 @@ class Failure(click.ClickException):
         super().__init__(str(error))
         self.exit_code: int = error.exit_code  # type: ignore[misc]  # click's own is one for all
         self.kind = error.kind
+        self.keep_traceback = error.keep_traceback
+        self.cause = error.__cause__
 
     def show(self, file: Any = None) -> None:
         """Prints the message on stderr."""
@@ -79,8 +81,8 @@ def _ending(error: BaseException) -> _Ending:
     if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
         return _Ending(INTERRUPTED_EXIT_CODE, "interrupted", _INTERRUPTED)
     if isinstance(error, Failure):
-        cause = None if error.__cause__ is None else error.__cause__.__cause__
-        log = _write_log(error) if is_ours(cause) or logger.isEnabledFor(logging.DEBUG) else None
+        keep = error.keep_traceback or is_ours(error.cause) or logger.isEnabledFor(logging.DEBUG)
+        log = _write_log(error) if keep else None
         return _Ending(error.exit_code, error.kind, f"Error: {error.message}", log)
     if isinstance(error, click.UsageError):
         hint = f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help'.\n" if error.ctx is not None else ""

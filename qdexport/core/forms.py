@@ -15,9 +15,10 @@ from math import log2
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qdexport.core.files import write_text
+from qdexport.core.reading import read_record
 from qdexport.errors import ModelError
 
 __all__ = ["Choice", "FormEntry", "FormTable", "FormTrial", "Signature", "shipped_forms"]
@@ -139,12 +140,7 @@ class FormTable(_Record):
     @classmethod
     def load(cls, path: Path) -> FormTable:
         """Reads a table. Raises ``ModelError`` when the file is absent or not one of ours."""
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ModelError(f"{path} does not exist; `qdexport search` writes such a table") from error
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path} is no table of forms: {error}") from error
+        return read_record(cls, path, ModelError, "`qdexport search` writes such a table")
 
 
 @functools.cache

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qdexport.core.files import write_json
+from qdexport.core.reading import read_record
 from qdexport.errors import ModelError, RecipeError
 
 __all__ = ["PASS_LOG_FILE", "Explained", "PassFacts", "PassLog"]
@@ -74,12 +75,7 @@ class PassLog(BaseModel):
     @classmethod
     def load(cls, path: Path) -> PassLog:
         """Reads a log. Raises ``ModelError`` when the file is absent or not one of ours."""
-        try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ModelError(f"{path} does not exist; `qdexport export` writes it") from error
-        except (OSError, ValidationError, UnicodeDecodeError) as error:
-            raise ModelError(f"{path} is no log of compiler passes: {error}") from error
+        return read_record(cls, path, ModelError, "`qdexport export` writes it")
 
     def explain(self, layer: str, known: list[str] | None = None) -> list[Explained]:
         """What every pass did to a layer.

@@ -13,9 +13,9 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from qdexport.errors import ModelError, QdExportError
 
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-__all__ = ["TEXT_LIMIT", "is_ours", "read_bytes", "read_json_file", "read_text", "reading", "reason"]
+__all__ = ["TEXT_LIMIT", "is_ours", "read_bytes", "read_json_file", "read_record", "read_text", "reading", "reason"]
 
-TEXT_LIMIT = 64_000_000  # bytes; the longest text file that qdexport writes, the plan of a large engine, has a tenth
+_T = TypeVar("_T", bound=BaseModel)
+TEXT_LIMIT = 64_000_000  # bytes; the longest text that users bring, the index of a sharded checkpoint, has a tenth
+_RECORD_LIMIT = 1_000_000_000  # of our own files, whose length is that of a network
 _LONGEST = 400
 _PACKAGE = Path(__file__).resolve().parents[1]
 _ROOTS = tuple(
@@ -117,6 +119,13 @@ def read_text(path: Path, kind: type[QdExportError] = ModelError, remedy: str = 
     data = read_bytes(path, kind, remedy, limit=limit)
     with reading(path, kind, remedy):
         return data.decode("utf-8-sig")
+
+
+def read_record(cls: type[_T], path: Path, kind: type[QdExportError] = ModelError, remedy: str = "") -> _T:
+    """Reads a JSON file of ours; raises as :func:`read_bytes`, and for anything but such a record."""
+    data = read_bytes(path, kind, remedy, limit=_RECORD_LIMIT)
+    with reading(path, kind, remedy, what=f"is no {cls.__name__} of qdexport"):
+        return cls.model_validate_json(data)
 
 
 def read_json_file(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from qdexport.core.companion_facts import CompanionName
 from qdexport.core.digests import digest_of
+from qdexport.core.patterns import check_pattern, matches
 from qdexport.core.reading import read_text, reading
 from qdexport.core.spec import Granularity, QuantSpec
 from qdexport.core.yaml_text import YAML_LIMIT, parse_yaml
@@ -53,11 +53,7 @@ class _Matching(_Part):
     @model_validator(mode="after")
     def _check_patterns(self) -> Self:
         for pattern in self.patterns:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+            check_pattern(pattern)
         return self
 
     @property
@@ -67,10 +63,7 @@ class _Matching(_Part):
 
     def chooses(self, name: str) -> bool:
         """Whether a module path is meant."""
-        return any(
-            re.fullmatch(p[3:], name) is not None if p.startswith("re:") else fnmatch.fnmatchcase(name, p)
-            for p in self.patterns
-        )
+        return any(matches(pattern, name) for pattern in self.patterns)
 
 
 class Rule(_Matching):
@@ -192,6 +185,12 @@ class BitAllocation(_Part):
     candidate_images: int = Field(default=4, ge=1, description="images on which the plans of the scan are compared")
     candidates: int = Field(default=12, ge=1, description="how many different plans of the scan are compared on images")
     seed: int = Field(default=2000, ge=0)
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
+        for pattern in (*self.content, *self.protect):
+            check_pattern(pattern)
+        return self
 
 
 class Calibration(_Part):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qdexport.core.layer_names import node_names
+from qdexport.emit.inspect import load_onnx
 from qdexport.graph.query import COMPUTE_OPS, const_or_none
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def onnx_coverage(path: Path, layers: Iterable[LayerPlan]) -> dict[str, str]:
         ``folded`` where a folded layer has no node, ``missing`` where any other layer has none. INT4 weights behind a
         Cast are no ``int4``: a builder then multiplies in the type of the Cast.
     """
-    model = ir.load(path)
+    model = load_onnx(path)
     nodes = {name: node for node in model.graph if node.op_type in COMPUTE_OPS for name in node_names(node.name or "")}
     coverage = {}
     for layer in layers:
@@ -57,7 +58,7 @@ def onnx_weight_types(path: Path, names: Iterable[str]) -> dict[str, str]:
     """The type that the weight of each named layer is stored in, from the file alone; ``missing`` without the layer's
     node, ``float`` where the weight is no constant behind a DequantizeLinear.
     """
-    model = ir.load(path)
+    model = load_onnx(path)
     nodes = {name: node for node in model.graph if node.op_type in COMPUTE_OPS for name in node_names(node.name or "")}
     found = {}
     for name in names:

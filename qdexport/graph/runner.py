@@ -153,9 +153,13 @@ def run_passes(
         started = time.perf_counter()
         try:
             graph_pass.apply(model, context, report)
+            name_everything(model)
         except QdExportError as error:
             raise GraphPassError(f"pass {index} {graph_pass.name!r}: {error}") from error
-        name_everything(model)
+        except (Exception, SystemExit) as error:  # a pass can be a user's own
+            failure = GraphPassError(f"pass {index} {graph_pass.name!r} failed with {type(error).__name__}: {error}")
+            failure.keep_traceback = True
+            raise failure from error
         report.seconds = time.perf_counter() - started
         report.nodes_after = len(model.graph)
         report.changed = bool(report.touched)

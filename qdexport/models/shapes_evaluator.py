@@ -13,10 +13,10 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.shapes import (
     BACKGROUNDS,
@@ -151,10 +151,8 @@ def load_evaluator(folder: Path | None = None) -> ShapesEvaluator:
     if not path.is_file():
         raise ModelError(f"no evaluator at {path}; only shapes models carry one")
     evaluator = ShapesEvaluator()
-    try:
+    with reading(path, ModelError, what="does not hold the weights of the shapes evaluator"):
         evaluator.load_state_dict(load_file(path), strict=True)
-    except (SafetensorError, RuntimeError) as error:
-        raise ModelError(f"{path} does not hold the weights of the shapes evaluator: {error}") from error
     return evaluator.requires_grad_(False).eval()
 
 

@@ -25,7 +25,15 @@ from safetensors import safe_open
 from qdexport.core.reading import read_json_file, reading, reason
 from qdexport.errors import ModelError
 
-__all__ = ["WeightFiles", "check_weights", "find_weights", "read_json", "stored_dtype", "variants_in"]
+__all__ = [
+    "WeightFiles",
+    "check_weights",
+    "find_weights",
+    "open_safetensors",
+    "read_json",
+    "stored_dtype",
+    "variants_in",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +45,7 @@ _STEMS: Final = (
 _SAFETENSORS_DTYPES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _TORCH_DTYPES: Final = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _LFS_POINTER: Final = b"version https://git-lfs"
+_REMEDY: Final = "download it again"
 _HEADER_LIMIT: Final = 100_000_000  # the safetensors format's own limit
 
 
@@ -188,18 +197,31 @@ def _no_weights_message(folder: Path, variant: str | None) -> str:
     return f"no weights in {folder} ({names}); {listing}; {remedy}"
 
 
+def open_safetensors(path: Path, remedy: str = _REMEDY) -> Any:
+    """An open safetensors file, a context manager; a pipe, which would never open, is refused.
+
+    Raises:
+        ModelError: it is no regular file, or its header is not whole.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} is no file; {remedy}")
+    _read_header(path, remedy)
+    return safe_open(path, framework="pt")
+
+
 def _tensors(path: Path, *, pickled: bool) -> Iterator[tuple[str, torch.Tensor]]:
     if pickled:
         yield from _load_pickle(path).items()
         return
-    _read_header(path)
-    with reading(path, ModelError, "download it again", what="is not a legal safetensors file"), \
-            safe_open(path, framework="pt") as reader:
+    with (
+        reading(path, ModelError, "download it again", what="is not a legal safetensors file"),
+        open_safetensors(path) as reader,
+    ):
         for name in reader.keys():  # noqa: SIM118 - a reader is not iterable
             yield name, reader.get_tensor(name)
 
 
-def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+def _read_header(path: Path, remedy: str = _REMEDY) -> dict[str, dict[str, Any]]:
     """The tensors that a safetensors file declares; refuses a file that is shorter or longer than it says."""
     _refuse_pointer(path)
     size = path.stat().st_size
@@ -207,19 +229,19 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _HEADER_LIMIT + 1
         if length > _HEADER_LIMIT:
-            raise ModelError(f"{path} ({size} bytes) has no safetensors header; download it again")
+            raise ModelError(f"{path} ({size} bytes) has no safetensors header; {remedy}")
         raw = stream.read(length)
     if len(raw) < length:
         raise ModelError(
-            f"{path} is truncated: it has {size} bytes, its header alone {8 + length}; download it again"
+            f"{path} is truncated: it has {size} bytes, its header alone {8 + length}; {remedy}"
         )
-    with reading(path, ModelError, "download it again", what="has a broken safetensors header"):
+    with reading(path, ModelError, remedy, what="has a broken safetensors header"):
         header = json.loads(raw)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         declared = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < declared:
         raise ModelError(
-            f"{path} is truncated: it has {size} bytes, its header declares {declared}; download it again"
+            f"{path} is truncated: it has {size} bytes, its header declares {declared}; {remedy}"
         )
     return entries
 

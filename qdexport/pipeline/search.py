@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from qdexport.core.cost_model import CARDS
 from qdexport.core.files import write_json
 from qdexport.core.forms import FormEntry, FormTable, shipped_forms
 from qdexport.core.gpus import GPUS, Gpu, gpu_named
 from qdexport.core.progress import SilentProgress
+from qdexport.core.reading import read_record
 from qdexport.errors import ModelError, RecipeError
 from qdexport.graph.runner import run_passes
 from qdexport.passes import default_passes
@@ -87,10 +88,7 @@ class SearchFacts(_Record):
     @classmethod
     def load(cls, path: Path) -> SearchFacts:
         """Reads the facts. Raises ``ModelError`` when the file is absent or not one of ours."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise ModelError(f"{path} cannot be read; `qdexport search` writes it: {error}") from error
+        return read_record(cls, path, ModelError, "`qdexport search` writes it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qdexport import __version__
 from qdexport.core.digests import digest_of, tree_sha256
+from qdexport.core.reading import read_text, reading
 from qdexport.core.recipe import Calibration, Recipe, SoftmaxQuant
 from qdexport.core.spec import LayerPlan
 from qdexport.core.timesteps import nearest_row
@@ -198,10 +199,8 @@ def calibration_prompts(loaded: LoadedModel, calibration: Calibration) -> list[s
     if calibration.prompts_file is None:
         return prompts_for(loaded, calibration.prompts, calibration.seed)
     path = Path(calibration.prompts_file)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"calibration.prompts_file: cannot read {path}: {error}") from error
+    with reading("calibration.prompts_file", RecipeError):
+        lines = [line.strip() for line in read_text(path, RecipeError).splitlines() if line.strip()]
     if len(lines) < calibration.prompts:
         raise RecipeError(
             f"calibration.prompts_file: {path} has {len(lines)} prompts, calibration.prompts asks "

@@ -37,12 +37,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdexport import __version__
 from qdexport.core.files import atomic_dir
+from qdexport.core.reading import reading
 from qdexport.core.recipe import load_recipe
 from qdexport.core.spec import NVFP4_BLOCK, LayerPlan
 from qdexport.core.writing import output_errors
@@ -50,6 +51,7 @@ from qdexport.errors import ModelError, OutputError
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.load import load_model
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
+from qdexport.models.weights import open_safetensors
 from qdexport.quant.affine import block_scales
 from qdexport.quant.attach import (
     BODY_DTYPES,
@@ -85,7 +87,7 @@ class _Version(BaseModel):
     version: int
 
 
-class _Facts(BaseModel):
+class CheckpointFacts(BaseModel):
     """The metadata of a quantization file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -145,11 +147,13 @@ def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> Quanti
         raise ModelError(f"{recipe_path} is missing; save the checkpoint again")
     recipe = load_recipe(str(recipe_path))
     loaded = loaded or _load_floating_point(folder, facts)
-    parameters = _read_parameters(path, facts)
-    _check_encoder(folder, loaded, parameters.bos)
-    denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == facts.body else BODY_DTYPES[facts.body])
-    context = install(denoiser, facts.plans, parameters, training_steps_of(loaded))
-    _verify_codes(path, denoiser, facts.plans)
+    with reading(path, ModelError, "quantize the model again", what="does not fit its model"):
+        parameters = _read_parameters(path, facts)
+        _check_encoder(folder, loaded, parameters.bos)
+        body = None if loaded.weights_dtype == facts.body else BODY_DTYPES[facts.body]
+        denoiser = shared_copy(loaded.denoiser, body)
+        context = install(denoiser, facts.plans, parameters, training_steps_of(loaded))
+        _verify_codes(path, denoiser, facts.plans)
     return QuantizedModel(
         loaded=loaded,
         denoiser=denoiser,
@@ -192,7 +196,7 @@ def _save_weights(model: QuantizedModel, folder: Path) -> None:
 
 def _facts(model: QuantizedModel, with_weights: bool) -> str:
     source = model.loaded.folder
-    return _Facts(
+    return CheckpointFacts(
         version=_VERSION,
         tool_version=__version__,
         model=model.loaded.name,
@@ -271,26 +275,22 @@ def _lazy(tensor: Tensor, *, half: bool = False) -> LazyTensor:
     return LazyTensor(dtype=array.dtype, shape=array.shape, make=lambda: array)
 
 
-def read_facts(path: Path) -> _Facts:
+def read_facts(path: Path) -> CheckpointFacts:
     if not path.is_file():
         raise ModelError(f"{path.parent} is no quantized checkpoint: {path.name} is missing; quantize the model first")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_METADATA_KEY)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is damaged ({error}); quantize the model again") from error
+    again = "quantize the model again"
+    with reading(path, ModelError, again, what="is damaged"), open_safetensors(path, again) as file:
+        text = (file.metadata() or {}).get(_METADATA_KEY)
     if text is None:
         raise ModelError(f"{path} was not written by qdexport (no {_METADATA_KEY!r} in its metadata)")
-    try:
+    with reading(path, ModelError, "quantize again", what="has wrong metadata"):
         version = _Version.model_validate_json(text).version
         if version == _VERSION:
-            return _Facts.model_validate_json(text)
-    except ValidationError as error:
-        raise ModelError(f"{path} has wrong metadata: {error.errors()[0]['msg']}; quantize again") from error
+            return CheckpointFacts.model_validate_json(text)
     raise ModelError(f"{path} has format {version}, this qdexport reads {_VERSION}; quantize the model again")
 
 
-def _load_floating_point(folder: Path, facts: _Facts) -> LoadedModel:
+def _load_floating_point(folder: Path, facts: CheckpointFacts) -> LoadedModel:
     if facts.weights_in == "":
         raise ModelError(
             f"{folder} has no weights of its own, and {facts.model} was made in memory; "
@@ -308,7 +308,7 @@ def _load_floating_point(folder: Path, facts: _Facts) -> LoadedModel:
     return replace(loaded, name=facts.model, defaults=facts.defaults)
 
 
-def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
+def _read_parameters(path: Path, facts: CheckpointFacts) -> QuantParameters:
     weight_scales: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     zero_points: dict[str, Tensor] = {}
@@ -346,7 +346,7 @@ def _read_parameters(path: Path, facts: _Facts) -> QuantParameters:
     )
 
 
-def _softmax(file: Any, path: Path, block: str, facts: _Facts) -> SoftmaxParameters:
+def _softmax(file: Any, path: Path, block: str, facts: CheckpointFacts) -> SoftmaxParameters:
     """The quantizer behind one attention block."""
     scale, mode = _scale(file, path, f"{block}.softmax_scale"), _tensor(file, path, f"{block}.softmax_mode")
     if scale.shape != mode.shape:
@@ -360,7 +360,7 @@ def _softmax(file: Any, path: Path, block: str, facts: _Facts) -> SoftmaxParamet
     return SoftmaxParameters(bits=facts.softmax_bits[block], scale=scale, mode=mode)
 
 
-def _bos(file: Any, path: Path, facts: _Facts) -> Bos | None:
+def _bos(file: Any, path: Path, facts: CheckpointFacts) -> Bos | None:
     """The text's first token."""
     if facts.encoder is None:
         layer = next((plan.name for plan in facts.plans if plan.bos and plan.quantized), None)

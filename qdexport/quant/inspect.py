@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from qdexport.core.reading import reading
+from qdexport.errors import ModelError
 from qdexport.quant.checkpoint import QUANTIZATION_FILE, read_facts
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from qdexport.core.spec import QuantSpec
+    from qdexport.quant.checkpoint import CheckpointFacts
 
 __all__ = ["checkpoint_facts"]
 
@@ -24,6 +27,11 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
     """
     path = folder / QUANTIZATION_FILE
     facts = read_facts(path)
+    with reading(path, ModelError, "quantize the model again", what="is damaged"):
+        return _described_layers(path, facts)
+
+
+def _described_layers(path: Path, facts: CheckpointFacts) -> dict[str, Any]:
     layers = []
     with safe_open(path, framework="np") as file:
         for plan in facts.plans:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Sequence
 
 from torch import nn
 
 from qdexport.core.cost_model import LayerShape
+from qdexport.core.patterns import limited, matches
 from qdexport.core.spec import LayerPlan
 from qdexport.errors import ModelError, RecipeError
 from qdexport.quant.sensitivity_table import Group
@@ -25,11 +25,12 @@ def path_matches(pattern: str, path: str) -> bool:
     never ``blocks.0.off_ramp`` or ``blocks.0.ff_in``. ``re:`` marks a regular expression for the whole path.
     """
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
+        return matches(pattern, path)
     wanted = pattern.split(".")
     if len(wanted) == 1 and pattern != "*":
         wanted = ["*", pattern, "*"]
-    return _segments_match(wanted, path.split("."))
+    with limited(pattern):
+        return _segments_match(wanted, path.split("."))
 
 
 def _segments_match(wanted: list[str], segments: list[str]) -> bool:

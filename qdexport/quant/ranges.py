@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qdexport.core.files import atomic_path
+from qdexport.core.reading import read_json_file, reading
 from qdexport.core.spec import LayerPlan
 from qdexport.errors import ModelError
+from qdexport.models.weights import open_safetensors
 from qdexport.quant.bos import Bos
 from qdexport.quant.plan import activation_keys
 from qdexport.quant.softmax import SoftmaxParameters
@@ -80,14 +81,16 @@ class ActivationRanges:
         Raises:
             ModelError: no such file, not one of ours, or cut short.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-        except FileNotFoundError as error:
-            raise ModelError(f"activation ranges {path} do not exist; calibrate first, or name another file") from error
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise ModelError(f"activation ranges {path} cannot be read ({error}); calibrate again") from error
+        if not path.exists():
+            raise ModelError(f"activation ranges {path} do not exist; calibrate first, or name another file")
+        with reading(f"activation ranges {path}", ModelError, "calibrate again"):
+            return cls._load(path)
+
+    @classmethod
+    def _load(cls, path: Path) -> ActivationRanges:
+        with open_safetensors(path, "calibrate again") as file:
+            facts = json.loads((file.metadata() or {}).get(_METADATA_KEY, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         if not isinstance(facts, dict) or facts.get("version") != _VERSION:
             raise ModelError(f"{path} holds no activation ranges of qdexport (version {_VERSION}); calibrate again")
         ends = {
@@ -173,12 +176,7 @@ def load_ranges(path: Path, plans: Sequence[LayerPlan]) -> ActivationRanges:
 
 
 def _ranges_from_json(path: Path, plans: Sequence[LayerPlan]) -> ActivationRanges:
-    try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"activation ranges {path} do not exist") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"activation ranges {path} are not JSON: {error}") from error
+    data = read_json_file(path, ModelError)
     if not isinstance(data, dict):
         raise ModelError(f'{path} must hold an object {{"layer": [low, high]}}, not a JSON {type(data).__name__}')
     timesteps = data.pop("timesteps", [])
@@ -214,6 +212,6 @@ def _keys_by_name(plans: Sequence[LayerPlan]) -> dict[str, tuple[str, ...]]:
 def _two_ends(path: Path, name: str, ends: Any) -> tuple[Tensor, Tensor]:
     try:
         low, high = (torch.tensor(end, dtype=torch.float64).reshape(-1) for end in ends)
-    except (TypeError, ValueError) as error:
+    except Exception as error:
         raise ModelError(f"{path}: {name!r} must be [low, high], not {json.dumps(ends)[:80]}") from error
     return low, high

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from qdexport.core.files import write_json
+from qdexport.core.reading import read_record
 from qdexport.errors import ModelError
 
 __all__ = ["METRIC_OF_GROUP", "Group", "LayerSensitivity", "Metric", "Part", "SensitivityTable"]
@@ -91,9 +92,4 @@ class SensitivityTable(BaseModel):
     @classmethod
     def load(cls, path: Path) -> SensitivityTable:
         """Reads what :meth:`save` wrote. Raises ``ModelError`` when the file is absent or not one of ours."""
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise ModelError(f"sensitivities {path} cannot be read ({error.strerror}); run the sweep first") from error
-        except ValidationError as error:
-            raise ModelError(f"{path} holds no sensitivities of qdexport: {error.errors()[0]['msg']}") from error
+        return read_record(cls, path, ModelError, "run the sweep first")

@@ -49,7 +49,7 @@ def test_a_file_keeps_everything(tmp_path) -> None:
 
 def test_what_is_no_table_is_refused(tmp_path) -> None:
     (tmp_path / "forms.json").write_text('{"entries": 1}')
-    with pytest.raises(ModelError, match="no table of forms"):
+    with pytest.raises(ModelError, match="is no FormTable of qdexport"):
         FormTable.load(tmp_path / "forms.json")
     with pytest.raises(ModelError, match="does not exist; `qdexport search` writes"):
         FormTable.load(tmp_path / "absent.json")

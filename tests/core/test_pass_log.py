@@ -52,7 +52,7 @@ def test_round_trip_and_foreign_files(tmp_path):
     LOG.save(path)
     assert PassLog.load(path) == LOG
     path.write_text('{"passes": 3}')
-    with pytest.raises(ModelError, match="is no log of compiler passes"):
+    with pytest.raises(ModelError, match="is no PassLog of qdexport"):
         PassLog.load(path)
     with pytest.raises(ModelError, match="does not exist; `qdexport export` writes it"):
         PassLog.load(tmp_path / "none.json")

@@ -57,7 +57,7 @@ class Refusing:
     exact: ClassVar[bool] = True
     runs_after: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         self.error = error
 
     def apply(self, model: ir.Model, context: PassContext, report: PassReport) -> None:
@@ -95,9 +95,12 @@ def test_a_refusal_names_the_pass(context: PassContext, kind: type[Exception]) -
     assert caught.value.__cause__ is error
 
 
-def test_a_programming_mistake_keeps_its_type(context: PassContext) -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_passes(ir.from_onnx_text(TEXT), [Refusing(ZeroDivisionError())], context)
+@pytest.mark.parametrize("mistake", [ZeroDivisionError("by zero"), SystemExit(0), AttributeError(), RecursionError()])
+def test_a_mistake_in_a_pass_is_named_and_its_traceback_kept(context: PassContext, mistake: BaseException) -> None:
+    with pytest.raises(GraphPassError, match="pass 1 'refusing' failed with") as caught:
+        run_passes(ir.from_onnx_text(TEXT), [Refusing(mistake)], context)
+    assert caught.value.__cause__ is mistake
+    assert caught.value.keep_traceback
 
 
 def test_dumps_are_numbered_and_loadable(context: PassContext, tmp_path: Path) -> None:

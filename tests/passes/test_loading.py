@@ -67,3 +67,31 @@ def test_names_that_clash_or_do_not_exist(file):
         with_passes(default_passes(), [mine, mine])
     with pytest.raises(RecipeError, match="runs after 'nothing-known', which is no pass"):
         with_passes(default_passes(), [load_pass(f"{file(chr(34) + 'nothing-known' + chr(34) + ',')}:Mine")])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('name = "my-pass"', "name = 7"), "`name` is 7"),
+        (("exact = True", 'exact = "yes"'), "`exact` is 'yes'"),
+        (("runs_after = ({after})", 'runs_after = "fold-adapters"'), "`runs_after` is 'fold-adapters', not a tuple"),
+        (("def apply(self, model, context, report):", "apply = None\n    def other(self, model, context, report):"),
+         "`apply` is None"),
+    ],
+)  # fmt: skip
+def test_a_pass_with_a_wrong_attribute_is_refused(file, change, message):
+    with pytest.raises(RecipeError, match=message):
+        load_pass(f"{file(text=TEXT.replace(*change))}:Mine")
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit(0)", "import sys; sys.exit('bye')", "1 / 0", "def f(:", "\x00"])
+def test_whatever_the_file_does_names_the_file(file, text):
+    with pytest.raises(GraphPassError, match=r"mine\.py") as caught:
+        load_pass(f"{file(text=text)}:Mine")
+    assert caught.value.keep_traceback
+
+
+def test_a_pass_that_cannot_be_made_is_named(file):
+    text = TEXT.replace("    def apply", "    def __init__(self):\n        raise KeyError(1)\n\n    def apply")
+    with pytest.raises(GraphPassError, match="making the pass ended with KeyError"):
+        load_pass(f"{file(text=text)}:Mine")

@@ -65,7 +65,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_damaged_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "ranges.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"ranges\.safetensors cannot be read"):
+    with pytest.raises(ModelError, match=r"ranges\.safetensors .*; calibrate again"):
         ActivationRanges.load(path)
 
 
@@ -79,7 +79,7 @@ def test_foreign_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.json"])
 def test_missing_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ModelError, match="do not exist"):
+    with pytest.raises(ModelError, match=r"do(es)? not exist"):
         load_ranges(tmp_path / name, PLANS)
 
 
@@ -145,7 +145,7 @@ def test_json_that_cannot_be_used(tmp_path: Path, value: object, message: str) -
 
 def test_no_json(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ModelError, match="are not JSON"):
+    with pytest.raises(ModelError, match="is not JSON"):
         load_ranges(tmp_path / "x.json", PLANS)
 
 
