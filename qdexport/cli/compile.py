@@ -193,18 +193,19 @@ def run_stages(
     show: bool = True,
 ) -> bool:
     """Runs stages over an output folder and shows the report; returns whether a check failed."""
+    from qdexport.check.outcome import failed, verdict_of
     from qdexport.pipeline.compilation import Compilation, new_manifest, new_report
     from qdexport.pipeline.workspace import Workspace
-    from qdexport.report.facts import problems
 
     progress = make_progress(options["verbose"], options["as_json"])
     with Workspace.open(out, new_manifest(prepared), new_report(prepared)) as workspace:
         job = Compilation(prepared, workspace, progress)
         stages(job)
+        workspace.report.verdict = verdict_of(workspace.report)
         workspace.save()
         if show:
             _show(workspace, as_json=options["as_json"])
-        return bool(problems(workspace.report))
+        return failed(workspace.report)
 
 
 def _show(workspace: Workspace, *, as_json: bool) -> None:

@@ -259,10 +259,28 @@ class Companions(_Part):
     )
 
 
+class PictureLimits(_Part):
+    """When the pictures of the quantized model count as those of the floating-point model."""
+
+    share: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="squared error as a share of what another seed makes of the same prompts; at most",
+    )
+    alignment_fall: float = Field(
+        default=0.03, gt=0, le=1, description="loss of alignment with the prompt, where an evaluator is; less than"
+    )
+    extend: int = Field(
+        default=8, ge=1, le=1000, description="up to how many times as many images where a verdict is near its limit"
+    )
+
+
 class Validation(_Part):
     """What is sampled and compared after the build."""
 
     images: int = Field(default=32, ge=1)
+    pictures: PictureLimits = PictureLimits()
     seed: int = Field(default=0, ge=0)
     parity_steps: int = Field(
         default=3, ge=3, description="denoiser calls compared layer by layer: first, last and between"
@@ -339,7 +357,7 @@ class Recipe(_Part):
 
 _PARTS = (
     Recipe, Rule, ChannelScale, SoftmaxQuant, StepGroups, BitAllocation, Calibration, Shapes, ShapeProfile, Companions,
-    Validation,
+    Validation, PictureLimits,
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "KernelFact",
     "LayerParity",
     "Manifest",
+    "Margin",
     "Parity",
     "Plan",
     "ProfileFacts",
@@ -32,6 +33,7 @@ __all__ = [
     "ScaleRow",
     "ShapeParity",
     "StageFacts",
+    "Verdict",
     "WeightStorage",
     "WholePipeline",
 ]
@@ -114,19 +116,38 @@ class Manifest(_Record):
         return next((item for item in reversed(self.artifacts) if item.kind == kind), None)
 
 
-class QualityScores(_Record):
-    """Scores of one set of images; ``frechet`` is to real images, ``frechet_fp`` to the FP model's images."""
+class Margin(_Record):
+    """A measured value with its 95 % interval, beside the limit that it is held against."""
 
+    value: float
+    low: float
+    high: float
+    limit: float
+
+
+class QualityScores(_Record):
+    """Scores of one set of ``images``; ``frechet`` is to real images, ``frechet_fp`` to the FP model's images.
+
+    ``share`` is the error as a share of what another seed makes, ``alignment_fall`` the loss of alignment.
+    """
+
+    images: int | None = None
+    not_finite: int = 0
     mse: float | None = None
     psnr_db: float | None = None
     ssim: float | None = None
     frechet: float | None = None
     frechet_fp: float | None = None
     alignment: float | None = None
+    share: Margin | None = None
+    alignment_fall: Margin | None = None
 
 
 class Quality(_Record):
-    """Images of the FP model against the quantized one: same prompts and seeds, values in [-1, 1], PSNR peak 2."""
+    """Images of the FP model against the quantized one: same prompts and seeds, values in [-1, 1], PSNR peak 2.
+
+    ``other_seed`` are images of the FP model from other noise; ``not_judged`` says why nothing can be told from images.
+    """
 
     images: int
     steps: int
@@ -134,6 +155,8 @@ class Quality(_Record):
     fp: QualityScores
     quantized: QualityScores
     onnx: QualityScores | None = None
+    other_seed: QualityScores | None = None
+    not_judged: str | None = None
     error_per_step: list[dict[str, float]] = Field(default_factory=list)
 
 
@@ -211,12 +234,13 @@ class ShapeParity(_Record):
 
 
 class Parity(_Record):
-    """Compiler parity (tier 2); ``shapes`` is empty for a network of fixed shapes."""
+    """Compiler parity (tier 2); ``shapes`` is empty for fixed shapes, ``quick`` says that less was checked."""
 
     reference: str
     layers: list[LayerParity]
     end_to_end: EndToEnd
     shapes: list[ShapeParity] = Field(default_factory=list)
+    quick: bool = False
     verdict: Literal["pass", "fail"]
     reasons: list[str] = Field(default_factory=list)
 
@@ -332,6 +356,14 @@ class StageFacts(_Record):
     cached: bool
 
 
+class Verdict(_Record):
+    """Whether the network is compiled right, and whether its pictures are kept; ``why`` in sentences."""
+
+    compiled: Literal["pass", "fail", "not checked"]
+    pictures: Literal["kept", "not kept", "not judged"]
+    why: list[str]
+
+
 class Report(_Record):
     """``report.json``; a key is present when its stage ran."""
 
@@ -341,6 +373,7 @@ class Report(_Record):
     recipe: str
     target: str
     body: str = ""
+    verdict: Verdict | None = None
     quality: Quality | None = None
     coverage: Coverage | None = None
     parity: Parity | None = None

@@ -56,7 +56,8 @@ class SampleRequest:
 
     Attributes:
         prompts: One per image; of an unconditional model only their number counts.
-        seed: The noise of image i comes from `seed + i`.
+        seed: The noise of image i comes from `seed + i`, and so does its class.
+        noise_seed: Of the noise alone: the same prompts and classes from other noise. None for `seed`.
         steps: Sampler steps; None for the model's usual number.
         guidance_scale: Classifier-free guidance; None for the model's usual scale.
         batch_size: Images sampled at once.
@@ -66,6 +67,7 @@ class SampleRequest:
 
     prompts: tuple[str, ...]
     seed: int = 0
+    noise_seed: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 16
@@ -323,11 +325,13 @@ def _arguments(loaded: LoadedModel, request: SampleRequest, start: int) -> dict[
     """The pipeline's keyword arguments for the images from `start` on, as far as its signature has them."""
     prompts = list(request.prompts[start : start + request.batch_size])
     known = _parameters(loaded)
-    first = request.seed + start
-    seeds = range(first, first + len(prompts))
+    seeds, noise = (
+        range(first + start, first + start + len(prompts))
+        for first in (request.seed, request.seed if request.noise_seed is None else request.noise_seed)
+    )
     arguments: dict[str, Any] = {
         "num_inference_steps": request.steps or loaded.defaults.steps,
-        "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        "generator": [torch.Generator().manual_seed(seed) for seed in noise],
         "output_type": "pt",
     }
     scale = loaded.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale

@@ -73,10 +73,12 @@ def fill_randomly(model: nn.Module, dtype: torch.dtype, seed: int = 0) -> nn.Mod
     model = nn.Module.to(model, dtype).to_empty(device="cpu")
     block = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(seed)).to(dtype)
     offset = 0
+    from diffusers.models.normalization import RMSNorm as OwnRMSNorm
+
     with torch.no_grad():
         for module in model.modules():
             for key, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm | OwnRMSNorm):
                     parameter.fill_(1.0 if key == "weight" else 0.0)
                     continue
                 _fill(parameter, block, offset, _deviation(module, key, parameter))

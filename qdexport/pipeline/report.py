@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qdexport.check.outcome import verdict_of
+from qdexport.check.quality import OTHER_SEED
 from qdexport.core.results import Artifact, Plan
 from qdexport.models.sampling import prompts_for
 from qdexport.quant.attach import scales_by_layer
@@ -18,11 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _SHOWN_IMAGES = 12
-_COLUMNS = ("fp", "quantized", "onnx")
+_COLUMNS = ("fp", "quantized", "onnx", OTHER_SEED)
 
 
 def write_report(model: QuantizedModel, workspace: Workspace) -> Path:
     """Writes the page and enters it in the manifest."""
+    workspace.report.verdict = verdict_of(workspace.report)
     folder = workspace.root / "images"
     images = {
         column: sorted((folder / column).glob("*.png"))[:_SHOWN_IMAGES]

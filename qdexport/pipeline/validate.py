@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qdexport.build.audit import audit
@@ -156,8 +157,7 @@ def _images(
     model: QuantizedModel, onnx_path: Path, io: IoSpec, workspace: Workspace, progress: ProgressSink
 ) -> Path | None:
     validation = model.recipe.validation
-    with _counted(progress, "sampling images") as advance:
-        quality, images = compare_quality(model, onnx_path, io, advance)
+    quality, images = compare_quality(model, onnx_path, io, partial(_counted, progress))
     workspace.report.quality = quality
     if quality is None:
         _note(workspace, "No images: the model came without a pipeline that samples it.")

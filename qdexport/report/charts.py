@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qdexport.report.facts import IDENTICAL_DB, MAX_CODE_FLIP_RATE, decibel, number, rate
+from qdexport.check.verdict import FLIP_LIMIT
+from qdexport.report.facts import IDENTICAL_DB, decibel, number, rate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -158,13 +159,13 @@ def flip_chart(layers: Sequence[LayerParity]) -> Chart | None:
     seen = [value for value in rates if value > 0]
     if not seen:
         return None
-    axis = _Axis(min([*seen, MAX_CODE_FLIP_RATE]) / 2, max([*seen, MAX_CODE_FLIP_RATE]) * 1.5, log=True)
+    axis = _Axis(min([*seen, FLIP_LIMIT]) / 2, max([*seen, FLIP_LIMIT]) * 1.5, log=True)
     marks = tuple(
         Mark(
             x,
             axis.at(layer.code_flip_rate),
             f"{layer.name}: {rate(layer.code_flip_rate)}",
-            "warn" if layer.code_flip_rate <= MAX_CODE_FLIP_RATE else "bad",
+            "warn" if layer.code_flip_rate <= FLIP_LIMIT else "bad",
         )
         for x, layer in zip(_places(len(layers)), layers, strict=True)
         if layer.code_flip_rate > 0
@@ -178,7 +179,7 @@ def flip_chart(layers: Sequence[LayerParity]) -> Chart | None:
         base=_BOTTOM,
         bar_width=_bar_width(len(layers)),
         bands=_bands([layer.name for layer in layers]),
-        rule=Tick(axis.at(MAX_CODE_FLIP_RATE), f"limit {rate(MAX_CODE_FLIP_RATE)}"),
+        rule=Tick(axis.at(FLIP_LIMIT), f"limit {rate(FLIP_LIMIT)}"),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a report says in a few words: verdict, headline numbers, problems; for the page and the terminal."""
+"""What a report says in a few words: margins, headline numbers, problems; for the page and the terminal."""
 
 from __future__ import annotations
 
@@ -7,48 +7,37 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from qdexport.check.outcome import NARROW, coverage_counts, narrow_name, storage_counts, verdict_of
+from qdexport.check.verdict import FLIP_LIMIT, FLOOR_MARGIN_DB, LAYER_SQNR_DB
 
-    from qdexport.core.results import Coverage, EngineFacts, LayerParity, Parity, Quality, Report
+if TYPE_CHECKING:
+    from qdexport.core.results import Coverage, EngineFacts, LayerParity, Margin, Parity, Quality, Report
 
 __all__ = [
-    "FLOOR_SLACK_DB",
     "IDENTICAL_DB",
-    "MAX_CODE_FLIP_RATE",
-    "MIN_LAYER_SQNR_DB",
-    "NARROW",
+    "QUICK",
     "RTX_CAVEAT",
     "Headline",
     "Tone",
-    "Verdict",
-    "agrees",
+    "compiled_margin",
     "compute_counts",
-    "coverage_counts",
     "decibel",
     "duration",
     "exact_layers",
     "headlines",
     "label_of",
-    "narrow_name",
+    "margin",
     "number",
     "other_kinds",
-    "problems",
+    "pictures_margin",
     "rate",
     "size",
     "sqnr_limit",
-    "storage_counts",
-    "verdict",
     "weakest",
 ]
 
 Tone = Literal["ok", "bad", "plain"]
 
-NARROW = frozenset({"int8", "int4", "fp8", "nvfp4"})
-# a layer whose codes agree differs by rounding only: one to FP32 leaves about 150 dB, one to FP16 about 73 dB
-MIN_LAYER_SQNR_DB = {"fp32": 100.0, "fp16": 60.0}
-MAX_CODE_FLIP_RATE = 1e-4
-FLOOR_SLACK_DB = 1.0
 IDENTICAL_DB = 999.0
 
 RTX_CAVEAT = (
@@ -58,7 +47,11 @@ RTX_CAVEAT = (
     "(--target tensorrt) and measure there."
 )
 
-_LABELS = {"fp": "FP", "quantized": "Quantized", "onnx": "ONNX Runtime", "engine": "Engine"}
+QUICK = "Checked with --quick: fewer images and fewer calls. `qdexport validate OUT` checks everything."
+
+_LABELS = {
+    "fp": "FP", "quantized": "Quantized", "onnx": "ONNX Runtime", "engine": "Engine", "other_seed": "FP, other seed",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,61 +64,35 @@ class Headline:
     tone: Tone = "plain"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The outcome in one word, and why in a sentence or two."""
-
-    word: Literal["pass", "fail", "not checked"]
-    sentence: str
-
-
-def verdict(report: Report) -> Verdict:
-    """Judges a report: it fails when parity fails or a layer is not what was planned."""
-    reasons = problems(report)
-    if reasons:
-        more = f" (and {len(reasons) - 1} more, below)" if len(reasons) > 1 else ""
-        return Verdict(word="fail", sentence=reasons[0] + more)
-    said = [_coverage_sentence(report.coverage)] if report.coverage else []
+def compiled_margin(report: Report) -> str:
+    """How far the compiled network is from the limits of parity."""
     if report.parity is None:
-        said.append("The integer codes were not compared: the check stage has not run.")
-        return Verdict(word="not checked", sentence=" ".join(said))
+        return "codes not compared yet"
     flips, sqnr = weakest(report.parity)
-    worst = flips.code_flip_rate if flips else 0.0
-    codes = f"at most {rate(worst)} of a layer's activation codes differ" if worst else "every integer code agrees"
-    reach = f"; the worst layer's output reaches {decibel(sqnr.sqnr_db)}" if sqnr else ""
-    said.append(f"On identical inputs {codes}{reach}.")
-    return Verdict(word="pass", sentence=" ".join(said))
+    whole = report.parity.end_to_end
+    told = []
+    if flips is not None and sqnr is not None:
+        which, worst = differing(flips)
+        told.append(f"{rate(worst)} of a layer's {which} differ" if worst else "all codes equal")
+        told.append(f"least SQNR {decibel(sqnr.sqnr_db)} of {sqnr_limit(report):.0f} asked")
+    above = whole.sqnr_db - whole.noise_floor_db
+    told.append(f"end to end {above:+.1f} dB to rounding alone, {-FLOOR_MARGIN_DB:g} allowed")
+    return ", ".join(told)
 
 
-def problems(report: Report) -> list[str]:
-    """Everything that makes a report fail.
-
-    These are the reasons of the parity check, layers that are not as planned, and quantized layers on which
-    parity was not measured.
-    """
-    found = []
-    if report.parity is not None and report.parity.verdict == "fail":
-        found.extend(report.parity.reasons or ["The parity check failed."])
-    if report.coverage is not None:
-        found.extend(report.coverage.mismatches or _unnamed_mismatches(report.coverage))
-    if report.coverage is not None and report.parity is not None:
-        measured = {layer.name for layer in report.parity.layers}
-        missed = [
-            name
-            for name, kind in report.coverage.planned.items()
-            if (kind in NARROW or name in report.coverage.storage)
-            and name not in measured and name.partition("#")[0] not in measured
-        ]
-        if missed:
-            found.append(
-                f"parity was not measured on {len(missed)} quantized layers: {', '.join(missed[:3])}"
-            )
-    return found + _companion_problems(report)
+def pictures_margin(report: Report) -> str:
+    """How far the pictures are from the limits of what counts as kept."""
+    quality = report.quality
+    if quality is None or quality.quantized.share is None:
+        return verdict_of(report).why[-1]
+    share, fall = quality.quantized.share, quality.quantized.alignment_fall
+    told = f"{margin(share)} of another seed's error, at most {number(share.limit)}"
+    return told if fall is None else f"{told}; alignment falls by {margin(fall)}, less than {number(fall.limit)}"
 
 
-def agrees(planned: str, found: str) -> bool:
-    """Whether a layer is as planned: INT4 weights may be computed in INT8, and FP layers may be anything."""
-    return planned not in NARROW or found == planned or (planned, found) == ("int4", "int8")
+def margin(value: Margin) -> str:
+    """A value with its interval."""
+    return f"{number(value.value)} ({number(value.low)} to {number(value.high)})"
 
 
 def headlines(report: Report) -> list[Headline]:
@@ -145,29 +112,12 @@ def headlines(report: Report) -> list[Headline]:
     return made
 
 
-def coverage_counts(coverage: Coverage) -> tuple[int, int, int | None]:
-    """Layers planned in a narrow type, and how many of these are so in the ONNX file and in the engine."""
-    narrow = [name for name, kind in coverage.planned.items() if kind in NARROW]
-    onnx, engine = (
-        sum(agrees(coverage.planned[name], column.get(name, "")) for name in narrow)
-        for column in (coverage.onnx, coverage.engine)
-    )
-    return len(narrow), onnx, engine if coverage.engine else None
-
-
 def compute_counts(engine: EngineFacts) -> str:
     """How many convolutions and products compute in what: ``82 INT8 and 0 FP``, FP8 and NVFP4 where there are any."""
     narrow = [f"{engine.int8_compute} INT8"]
     narrow += [f"{engine.fp8_compute} FP8"] if engine.fp8_compute else []
     narrow += [f"{engine.nvfp4_compute} NVFP4"] if engine.nvfp4_compute else []
     return f"{', '.join(narrow)} and {engine.fp_compute} FP"
-
-
-def storage_counts(coverage: Coverage) -> tuple[int, int, str]:
-    """Layers whose weight alone is quantized, how many are stored as planned everywhere, and the types they have."""
-    items = coverage.storage.values()
-    good = sum(item.onnx == item.planned and item.engine in {None, item.planned} for item in items)
-    return len(items), good, narrow_name(item.planned for item in items)
 
 
 def weakest(parity: Parity) -> tuple[LayerParity | None, LayerParity | None]:
@@ -208,17 +158,12 @@ def exact_layers(parity: Parity) -> int:
 
 def sqnr_limit(report: Report) -> float:
     """The smallest SQNR in dB that a layer's output should have with this body type."""
-    return MIN_LAYER_SQNR_DB.get(report.body, MIN_LAYER_SQNR_DB["fp32"])
+    return LAYER_SQNR_DB.get(report.body, LAYER_SQNR_DB["fp32"])
 
 
 def label_of(column: str) -> str:
     """The heading of an image column."""
     return _LABELS.get(column, column)
-
-
-def narrow_name(kinds: Iterable[str]) -> str:
-    """What to call a set of narrow types: ``INT8``, or ``INT8/INT4``."""
-    return "/".join(sorted({kind.upper() for kind in kinds if kind in NARROW}, reverse=True)) or "INT8"
 
 
 def other_kinds(coverage: Coverage) -> str:
@@ -273,43 +218,6 @@ def _short(text: str) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _unnamed_mismatches(coverage: Coverage) -> list[str]:
-    """Counts layers not as planned when the report does not name them; an empty column is not made."""
-    planned, onnx, engine = coverage_counts(coverage)
-    found = []
-    if coverage.onnx and onnx < planned:
-        found.append(f"{planned - onnx} of {planned} layers are not in the planned type in the ONNX file")
-    if engine is not None and engine < planned:
-        found.append(
-            f"{planned - engine} of {planned} layers are not in the planned type in the compiled plan"
-        )
-    return found
-
-
-def _companion_problems(report: Report) -> list[str]:
-    found: list[str] = []
-    for name, result in (report.companions or {}).items():
-        found.extend(f"{name}: {item}" for item in result.mismatches)
-        if result.parity is not None and result.parity.verdict == "fail":
-            found.extend(result.parity.reasons or [f"{name}: the parity check failed"])
-    if report.whole_pipeline is not None and report.whole_pipeline.verdict == "fail":
-        found.extend(report.whole_pipeline.reasons or ["the images of the whole pipeline differ"])
-    return found
-
-
-def _coverage_sentence(coverage: Coverage) -> str:
-    planned, _, engine = coverage_counts(coverage)
-    kinds = narrow_name(coverage.planned.values())
-    if coverage.storage and not planned:
-        count, _, types = storage_counts(coverage)
-        body = next(coverage.planned[name] for name in coverage.storage)
-        return f"The weights of all {count} layers are stored as {types}; their products are computed in {body}."
-    if not coverage.onnx:
-        return f"{planned} layers are planned in {kinds}; no ONNX file was made."
-    where = "in the ONNX file" if engine is None else "in the ONNX file and in the compiled plan"
-    return f"All {planned} layers planned in {kinds} are {kinds} {where}."
-
-
 def _coverage_headline(coverage: Coverage) -> Headline:
     planned, onnx, engine = coverage_counts(coverage)
     kinds = narrow_name(coverage.planned.values())
@@ -351,7 +259,7 @@ def _parity_headlines(parity: Parity, limit: float) -> list[Headline]:
     made = []
     if flips is not None and sqnr is not None:
         which, worst = differing(flips)
-        good = flips.weight_flip_rate == 0 and worst <= MAX_CODE_FLIP_RATE and sqnr.sqnr_db >= limit
+        good = flips.weight_flip_rate == 0 and worst <= FLIP_LIMIT and sqnr.sqnr_db >= limit
         made.append(
             Headline(
                 label=f"Differing {which}, worst layer",
@@ -368,7 +276,7 @@ def _parity_headlines(parity: Parity, limit: float) -> list[Headline]:
             label="End to end, one call",
             value=decibel(whole.sqnr_db),
             note=f"rounding alone gives {decibel(whole.noise_floor_db)}{beside}",
-            tone="ok" if margin >= -FLOOR_SLACK_DB else "bad",
+            tone="ok" if margin >= -FLOOR_MARGIN_DB else "bad",
         )
     )
     return made

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from qdexport.check.outcome import compiled_problems, picture_problems, verdict_of
 from qdexport.core.files import write_text
 from qdexport.report import charts, facts, pictures, tables
 
@@ -102,11 +103,14 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     limit = facts.sqnr_limit(report)
     parity = report.parity
     layers = tables.layer_rows(report, inputs.plan)
+    verdict = verdict_of(report)
     return {
         "report": report,
-        "verdict": facts.verdict(report),
+        "verdict": verdict,
+        "badges": [("compiled", verdict.compiled), ("pictures", verdict.pictures)],
         "headlines": facts.headlines(report),
-        "problems": facts.problems(report),
+        "problems": [*compiled_problems(report), *picture_problems(report)],
+        "quick": facts.QUICK,
         "rtx_caveat": facts.RTX_CAVEAT if report.target == "tensorrt-rtx" else "",
         "rows": _picture_rows(inputs),
         "grid": _grid(inputs),

@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qdexport.report.facts import IDENTICAL_DB, agrees, decibel, duration, number, rate
+from qdexport.check.outcome import agrees
+from qdexport.report.facts import IDENTICAL_DB, decibel, duration, number, rate
 
 if TYPE_CHECKING:
     from qdexport.core.results import Coverage, KernelFact, LayerParity, Plan, Quality, Report, StageFacts

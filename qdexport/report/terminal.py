@@ -8,6 +8,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from qdexport.check.outcome import (
+    compiled_problems,
+    coverage_counts,
+    narrow_name,
+    picture_problems,
+    storage_counts,
+    verdict_of,
+)
+from qdexport.check.verdict import FLIP_LIMIT, FLOOR_MARGIN_DB
 from qdexport.report import facts
 
 if TYPE_CHECKING:
@@ -30,7 +39,11 @@ if TYPE_CHECKING:
 __all__ = ["summary"]
 
 _MOST_PROBLEMS = 6
-_BADGES = {"pass": "black on green", "fail": "white on red", "not checked": "black on yellow"}
+_GOOD, _BAD, _OPEN = "black on green", "white on red", "black on yellow"
+_BADGES = {
+    "pass": _GOOD, "fail": _BAD, "not checked": _OPEN,
+    "kept": _GOOD, "not kept": _BAD, "not judged": _OPEN,
+}  # fmt: skip
 
 
 def summary(report: Report, console: Console, folder: Path | None = None) -> None:
@@ -41,14 +54,8 @@ def summary(report: Report, console: Console, folder: Path | None = None) -> Non
         console: where to print.
         folder: the output folder, to say where to look next when it holds a page.
     """
-    verdict = facts.verdict(report)
     body = f", {report.body} body" if report.body else ""
-    head = Text.assemble(
-        (f" {verdict.word.upper()} ", f"bold {_BADGES[verdict.word]}"),
-        "  ",
-        (report.model, "bold"),
-        f", {report.recipe}, {report.target}{body}",
-    )
+    head = Text.assemble((report.model, "bold"), f", {report.recipe}, {report.target}{body}")
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -58,9 +65,26 @@ def summary(report: Report, console: Console, folder: Path | None = None) -> Non
         table.add_row("see", Text(str(folder / "report.html"), style="bold"))
     console.print()
     console.print(_plain(head, console))
+    console.print(_verdicts(report, console))
     console.print()
     console.print(Padding(table, (0, 0, 0, 1)))
     console.print()
+
+
+def _verdicts(report: Report, console: Console) -> Table:
+    """A line for each verdict: its word, and the margin that it has."""
+    verdict = verdict_of(report)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for word, told in (
+        (verdict.compiled, f"compiled right: {facts.compiled_margin(report)}"),
+        (verdict.pictures, f"pictures: {facts.pictures_margin(report)}"),
+    ):
+        table.add_row(Text(f" {word.upper()} ", style=f"bold {_BADGES[word]}"), _plain(Text(told), console))
+    if report.parity is not None and report.parity.quick:
+        table.add_row("", Text(facts.QUICK, style="yellow"))
+    return table
 
 
 def _lines(report: Report) -> list[tuple[str, Text]]:
@@ -85,7 +109,7 @@ def _lines(report: Report) -> list[tuple[str, Text]]:
         advice = "an INT8 kernel in an RTX plan is no proof of speed; for fast W8A8: --target tensorrt"
         lines.append(("note", Text(advice, style="yellow")))
     lines.extend(("note", Text(note, style="yellow")) for note in report.notes)
-    found = facts.problems(report)
+    found = [*compiled_problems(report), *picture_problems(report)]
     lines.extend(
         ("short" if index == 0 else "", Text(item, style="bold red"))
         for index, item in enumerate(found[:_MOST_PROBLEMS])
@@ -105,13 +129,13 @@ def _coverage(coverage: Coverage) -> list[tuple[str, Text]]:
 
 
 def _layers(coverage: Coverage) -> Text:
-    planned, onnx, engine = facts.coverage_counts(coverage)
+    planned, onnx, engine = coverage_counts(coverage)
     counts = [
         ("planned", planned),
         ("in ONNX", onnx),
         *([("in the engine", engine)] if engine is not None else []),
     ]
-    text = Text(f"{facts.narrow_name(coverage.planned.values())}: ")
+    text = Text(f"{narrow_name(coverage.planned.values())}: ")
     for index, (where, count) in enumerate(counts):
         good = count == planned
         text.append(f"{', ' if index else ''}{count} {where}", style="" if good else "bold red")
@@ -124,7 +148,7 @@ def _layers(coverage: Coverage) -> Text:
 
 
 def _weights(coverage: Coverage) -> Text:
-    count, good, types = facts.storage_counts(coverage)
+    count, good, types = storage_counts(coverage)
     text = Text(f"{types}: {count} layers whose weight alone is quantized, ")
     return text.append(f"{good} stored so", style="" if good == count else "bold red")
 
@@ -138,11 +162,11 @@ def _parity(parity: Parity, limit: float) -> list[Text]:
         )
         which, worst = facts.differing(flips)
         if worst:
-            allowed = worst <= facts.MAX_CODE_FLIP_RATE and flips.weight_flip_rate == 0
+            allowed = worst <= FLIP_LIMIT and flips.weight_flip_rate == 0
             lines.append(_worst(f"{which} differ", facts.rate(worst), flips.name, good=allowed))
         lines.append(_worst("least SQNR", facts.decibel(sqnr.sqnr_db), sqnr.name, good=sqnr.sqnr_db >= limit))
     whole = parity.end_to_end
-    good = whole.sqnr_db >= whole.noise_floor_db - facts.FLOOR_SLACK_DB
+    good = whole.sqnr_db >= whole.noise_floor_db - FLOOR_MARGIN_DB
     floor = f"(rounding alone {facts.decibel(whole.noise_floor_db)})"
     lines.append(_worst("end to end", facts.decibel(whole.sqnr_db), floor, good=good))
     if parity.shapes:
