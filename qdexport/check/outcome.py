@@ -22,6 +22,7 @@ __all__ = [
     "coverage_counts",
     "failed",
     "falls",
+    "in_short",
     "narrow_name",
     "picture_problems",
     "storage_counts",
@@ -40,6 +41,15 @@ def verdict_of(report: Report) -> Verdict:
     compiled, why_compiled = _compiled(report)
     pictures, why_pictures = _pictures(report)
     return Verdict(compiled=compiled, pictures=pictures, why=[*why_compiled, *why_pictures])
+
+
+def in_short(report: Report) -> list[str]:
+    """A sentence or two for each verdict: what decided it, and how much more is said elsewhere."""
+    told = []
+    for word, why in (_compiled(report), _pictures(report)):
+        bad = word in {"fail", "not kept"} and len(why) > 1
+        told.append(f"{why[0]} (and {len(why) - 1} more, below)" if bad else " ".join(why))
+    return told
 
 
 def failed(report: Report) -> bool:

@@ -14,6 +14,7 @@ from qdexport.cli.options import (
     form_options,
     out_option,
     overrides_of,
+    quick_option,
     recipe_options,
     target_option,
     worker_options,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["build", "compile_", "export", "out_folder", "prepared_options", "quantize", "run_stages", "validate"]
 
 _STAGES = ["quantize", "search", "export", "build", "validate"]
-_PARITY_FAILED = 8
+_VERDICT_FAILED = 8
 
 
 @click.command(
@@ -55,6 +56,7 @@ Examples:
     "--search", is_flag=True, help="First build blocks in several forms, and write every operator in the best one."
 )
 @click.option("--force", "force", multiple=True, type=click.Choice(_STAGES), help="Do this stage anew; repeatable.")
+@quick_option
 @click.option("--dump-passes", type=click.Path(file_okay=False), help="Write the graph after each pass to this folder.")
 @click.option("--pass", "extra_passes", multiple=True, metavar="FILE.py:CLASS", help="Also run a pass of your own.")
 @click.option("--explain", metavar="LAYER", help="In the end, say what every compiler pass did to a layer.")
@@ -64,7 +66,8 @@ def compile_(model: str, **options: Any) -> None:
 
     The denoiser is quantized; the text encoders and the VAE's decoder are compiled beside it in FP16.
     Writes an output folder with checkpoint, ONNX files, engines, images, report.html and report.json. A second run
-    does only what changed; an interrupted one continues. Ends with code 8 when a check failed.
+    does only what changed; an interrupted one continues. Ends with code 8 when the
+    network is not compiled right, or its pictures are not kept.
     """
     prepared = prepared_options(model, options)
     out = out_folder(prepared, options["out"])
@@ -72,7 +75,7 @@ def compile_(model: str, **options: Any) -> None:
     if options["explain"]:
         show_explanation(out, options["explain"])
     if failed:
-        raise SystemExit(_PARITY_FAILED)
+        raise SystemExit(_VERDICT_FAILED)
 
 
 @click.command(
@@ -95,14 +98,15 @@ def quantize(model: str, **options: Any) -> None:
     run_stages(prepared, out_folder(prepared, options["out"]), options, lambda job: job.quantize())
 
 
-def _stage_command(name: str, help_text: str) -> click.Command:
+def _stage_command(name: str, help_text: str, *more: Callable[[Any], Any]) -> click.Command:
     @click.command(name, help=help_text, epilog=f"\b\nExample:\n  qdexport {name} out")
     @folder_argument
     @click.option("--target", help="Default: the folder's own.")
     @click.option("--force", is_flag=True, help="Do it again although nothing changed.")
     @common
     def command(folder: Path, **options: Any) -> None:
-        prepared = _continued_options(folder, options["target"], (name,) if options["force"] else ())
+        force = (name,) if options["force"] else ()
+        prepared = _continued_options(folder, options["target"], force, quick=options.get("quick", False))
 
         def stage(job: Compilation) -> None:
             getattr(job, name)()
@@ -110,15 +114,20 @@ def _stage_command(name: str, help_text: str) -> click.Command:
                 job.report()
 
         if run_stages(prepared, folder, options, stage) and name == "validate":
-            raise SystemExit(_PARITY_FAILED)
+            raise SystemExit(_VERDICT_FAILED)
 
+    for option in more:
+        command = option(command)
     return command
 
 
 export = _stage_command("export", "Lower the checkpoint in OUT to type-exact ONNX files.")
 build = _stage_command("build", "Compile the ONNX files in OUT to engines, in child processes.")
 validate = _stage_command(
-    "validate", "Check everything in OUT: parity layer by layer, noise floor, images, plan audit."
+    "validate",
+    "Check everything in OUT: parity layer by layer, noise floor, images, plan audit. Ends with code 8 when the "
+    "network is not compiled right, or its pictures are not kept.",
+    quick_option,
 )
 
 
@@ -145,6 +154,7 @@ def prepared_options(model: str, options: dict[str, Any]) -> CompileOptions:
         target=target_named(options["target"]),
         variant=options["variant"],
         ranges=options["ranges"],
+        quick=options.get("quick", False),
         force=frozenset(options["force"]),
         dump_passes=Path(dump) if dump else None,
         extra_passes=tuple(options.get("extra_passes", ())),
@@ -155,7 +165,9 @@ def prepared_options(model: str, options: dict[str, Any]) -> CompileOptions:
     )
 
 
-def _continued_options(folder: Path, target: str | None, force: tuple[str, ...]) -> CompileOptions:
+def _continued_options(
+    folder: Path, target: str | None, force: tuple[str, ...], *, quick: bool = False
+) -> CompileOptions:
     from qdexport.core.recipe import load_recipe
     from qdexport.core.results import Manifest
     from qdexport.core.target import target_named
@@ -170,6 +182,7 @@ def _continued_options(folder: Path, target: str | None, force: tuple[str, ...])
         model=manifest.model,
         recipe=load_recipe(str(recipe), {"search": any(item.stage == "search" for item in manifest.artifacts)}),
         target=target_named(target or manifest.target),
+        quick=quick,
         force=frozenset(force),
     )
 

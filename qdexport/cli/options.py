@@ -21,6 +21,7 @@ __all__ = [
     "form_options",
     "out_option",
     "overrides_of",
+    "quick_option",
     "recipe_options",
     "target_option",
     "worker_options",
@@ -129,6 +130,15 @@ def out_option(function: _F) -> _F:
         "--out",
         type=click.Path(file_okay=False, path_type=Path),
         help="Output folder; default: qdexport-out/MODEL-RECIPE.",
+    )(function)
+
+
+def quick_option(function: _F) -> _F:
+    """``--quick``."""
+    return click.option(
+        "--quick",
+        is_flag=True,
+        help="Check on fewer images and calls: every layer, 8 images. Says so, and leaves pictures near a limit open.",
     )(function)
 
 

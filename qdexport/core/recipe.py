@@ -289,6 +289,12 @@ class Validation(_Part):
     floor_steps: int = Field(default=4, ge=1, description="timesteps at which the noise floor is measured")
     golden: int = Field(default=2, ge=1, description="denoiser calls stored as golden inputs and outputs")
 
+    def quick(self) -> Validation:
+        """The same with less: every layer is compared, on as many calls; what is sampled is cut to a quarter or so."""
+        fewer = {"images": min(8, self.images), "floor_seeds": min(2, self.floor_seeds)}
+        pictures = self.pictures.model_copy(update={"extend": 1})
+        return self.model_copy(update={**fewer, "floor_steps": min(2, self.floor_steps), "pictures": pictures})
+
 
 class Recipe(_Part):
     """A whole recipe."""

@@ -38,7 +38,7 @@ from qdexport.search.results import discard_answers
 
 if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
-    from qdexport.core.recipe import Recipe
+    from qdexport.core.recipe import Recipe, Validation
     from qdexport.core.target import Target
     from qdexport.models.loaded import LoadedModel
     from qdexport.pipeline.workspace import Workspace
@@ -79,6 +79,7 @@ class CompileOptions:
     variant: str | None = None
     ranges: Path | None = None
     copy_weights: bool = True
+    quick: bool = False
     force: frozenset[str] = frozenset()
     dump_passes: Path | None = None
     extra_passes: tuple[str, ...] = ()
@@ -290,17 +291,26 @@ class Compilation:
             "checkpoint": self.workspace.digest("checkpoint"),
             "onnx": tree_sha256(self.workspace.path("onnx").parent),
             "plan": plan.sha256 if plan else "",
-            "validation": digest_of(self.options.recipe.validation.model_dump()),
+            "validation": digest_of(self._validation().model_dump(), self.options.quick),
             "tool": __version__,
         }
         with self.progress.stage("validate"):
             self.workspace.run_stage(
                 "validate",
                 inputs,
-                lambda: validate(self.model, self.workspace, self.progress),
+                lambda: validate(self._to_check(), self.workspace, self.progress, quick=self.options.quick),
                 force="validate" in self.options.force,
             )
-        self.companions.validate()
+        replace(self.companions, model=self._to_check).validate()
+
+    def _validation(self) -> Validation:
+        validation = self.options.recipe.validation
+        return validation.quick() if self.options.quick else validation
+
+    def _to_check(self) -> QuantizedModel:
+        """The model with what of it is to be checked."""
+        recipe = self.model.recipe.model_copy(update={"validation": self._validation()})
+        return replace(self.model, recipe=recipe)
 
     def report(self) -> None:
         """Writes ``report.html`` from what is known, and saves report and manifest."""

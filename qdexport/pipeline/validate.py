@@ -45,8 +45,12 @@ __all__ = ["validate"]
 _BODY_BITS = {"fp16": 16, "fp32": 32}
 
 
-def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink) -> list[Made]:
+def validate(
+    model: QuantizedModel, workspace: Workspace, progress: ProgressSink, *, quick: bool = False
+) -> list[Made]:
     """Fills the report's coverage, parity and quality, and writes images and golden files.
+
+    ``quick`` is noted beside the results: the model's recipe asked for less than the user's.
 
     Raises:
         ParityError: a layer cannot be compared at all. (A layer that differs is a verdict, not an error.)
@@ -69,6 +73,7 @@ def validate(model: QuantizedModel, workspace: Workspace, progress: ProgressSink
     with _counted(progress, "parity at every shape") as advance:
         shapes, at_shapes = shape_parity(model, onnx_path, facts.io, calls, advance)
     report.parity = judge(layers, whole, model.body, REFERENCE, shapes)
+    report.parity.quick = quick
 
     golden = workspace.root / "golden"
     write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qdexport.check.outcome import compiled_problems, picture_problems, verdict_of
+from qdexport.check.outcome import compiled_problems, in_short, picture_problems, verdict_of
 from qdexport.core.files import write_text
 from qdexport.report import charts, facts, pictures, tables
 
@@ -107,6 +107,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     return {
         "report": report,
         "verdict": verdict,
+        "sentences": in_short(report),
         "badges": [("compiled", verdict.compiled), ("pictures", verdict.pictures)],
         "headlines": facts.headlines(report),
         "problems": [*compiled_problems(report), *picture_problems(report)],

@@ -14,6 +14,7 @@ from qdexport.core.results import (
     EngineFacts,
     KernelFact,
     LayerParity,
+    Margin,
     Parity,
     Plan,
     Quality,
@@ -81,11 +82,14 @@ def report(layer_names: list[str]) -> Report:
             images=64,
             steps=STEPS,
             seed=0,
-            fp=QualityScores(alignment=0.984, frechet=241.2),
+            fp=QualityScores(images=64, alignment=0.984, frechet=241.2),
             quantized=QualityScores(
-                mse=3.1e-4, psnr_db=42.8, ssim=0.9941, alignment=0.984, frechet=240.7, frechet_fp=0.91
+                images=64, mse=3.1e-4, psnr_db=42.8, ssim=0.9941, alignment=0.984, frechet=240.7, frechet_fp=0.91,
+                share=Margin(value=0.022, low=0.017, high=0.029, limit=0.5),
+                alignment_fall=Margin(value=0.0, low=-0.03, high=0.03, limit=0.03),
             ),
-            onnx=QualityScores(mse=3.1e-4, psnr_db=42.8, ssim=0.9941, alignment=0.984, frechet_fp=0.91),
+            onnx=QualityScores(images=64, mse=3.1e-4, psnr_db=42.8, ssim=0.9941, alignment=0.984, frechet_fp=0.91),
+            other_seed=QualityScores(images=16, mse=1.9e-2, psnr_db=23.3, ssim=0.85, alignment=1.0),
             error_per_step=[
                 {
                     "step": step,

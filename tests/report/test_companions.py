@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
+from qdexport.check.outcome import compiled_problems, verdict_of
 from qdexport.core.results import CompanionParity, CompanionResult, Report, WholePipeline
-from qdexport.report import facts
 from qdexport.report.html import ReportInputs, write_html
 from qdexport.report.terminal import summary
 
@@ -41,7 +41,7 @@ def told(report: Report) -> str:
 
 
 def test_on_the_terminal_and_on_the_page(with_decoder: Report, inputs: ReportInputs, tmp_path: Path) -> None:
-    assert facts.problems(with_decoder) == []
+    assert compiled_problems(with_decoder) == []
     text = told(with_decoder)
     assert "AutoencoderKL in fp16: 289 nodes, 383 kB; 72.5 dB (rounding alone 64.2 dB)" in text
     assert "4 images with denoiser, vae_decoder in ONNX: 45.3 dB (rounding alone 43.5 dB)" in text
@@ -58,9 +58,9 @@ def test_what_falls_short_fails_the_report(with_decoder: Report) -> None:
     result = RESULT.model_copy(update={"mismatches": ["conv_in: planned fp16, fp32 in the engine"], "parity": wrong})
     images = WHOLE.model_copy(update={"verdict": "fail", "reasons": ["images differ"]})
     report = with_decoder.model_copy(update={"companions": {"vae_decoder": result}, "whole_pipeline": images})
-    assert facts.problems(report) == [
+    assert compiled_problems(report) == [
         "vae_decoder: conv_in: planned fp16, fp32 in the engine", "vae_decoder: too far", "images differ",
     ]  # fmt: skip
-    assert facts.verdict(report).word == "fail"
+    assert verdict_of(report).compiled == "fail"
     again = Report.model_validate_json(report.model_dump_json(exclude_none=True))
     assert (again.companions, again.whole_pipeline) == (report.companions, report.whole_pipeline)

@@ -2,32 +2,30 @@ from __future__ import annotations
 
 import pytest
 
+from qdexport.check.outcome import agrees, compiled_problems, in_short, verdict_of
 from qdexport.core.results import Report, ScaleRow, WeightStorage
 from qdexport.report import facts
 
 
 def test_a_good_report_passes(report: Report) -> None:
-    verdict = facts.verdict(report)
-    assert verdict.word == "pass"
-    assert (
-        "All 56 layers planned in INT8 are INT8 in the ONNX file and in the compiled plan."
-        in verdict.sentence
-    )
+    verdict = verdict_of(report)
+    assert (verdict.compiled, verdict.pictures) == ("pass", "kept")
+    assert verdict.why[0] == "All 56 layers planned in INT8 are INT8 in the ONNX file and in the compiled plan."
     assert [item.tone for item in facts.headlines(report)] == ["ok", "plain", "ok", "ok", "plain"]
 
 
 def test_a_layer_that_is_not_as_planned_fails_even_when_unnamed(report: Report) -> None:
     assert report.coverage is not None
     report.coverage.engine["conv_in"] = "fp16"
-    assert facts.problems(report) == ["1 of 56 layers are not in the planned type in the compiled plan"]
-    assert facts.verdict(report).word == "fail"
+    assert compiled_problems(report) == ["1 of 56 layers are not in the planned type in the compiled plan"]
+    assert verdict_of(report).compiled == "fail"
     assert facts.headlines(report)[0].tone == "bad"
 
 
 def test_a_layer_without_parity_fails(report: Report) -> None:
     assert report.parity is not None
     gone = report.parity.layers.pop()
-    assert facts.problems(report) == [f"parity was not measured on 1 quantized layers: {gone.name}"]
+    assert compiled_problems(report) == [f"parity was not measured on 1 quantized layers: {gone.name}"]
 
 
 def test_a_split_layer_is_measured_under_its_own_name(report: Report) -> None:
@@ -35,20 +33,19 @@ def test_a_split_layer_is_measured_under_its_own_name(report: Report) -> None:
     for column in (report.coverage.planned, report.coverage.onnx, report.coverage.engine):
         del column["conv_in"]
         column |= {"conv_in#0": "int8", "conv_in#1": "int8"}
-    assert facts.problems(report) == []
+    assert compiled_problems(report) == []
 
 
 def test_parity_that_fails_gives_its_reasons(report: Report) -> None:
     assert report.parity is not None
     report.parity.verdict, report.parity.reasons = "fail", ["layer x flips 3e-2 of its codes", "another"]
-    verdict = facts.verdict(report)
-    assert verdict.word == "fail"
-    assert verdict.sentence == "layer x flips 3e-2 of its codes (and 1 more, below)"
+    assert verdict_of(report).compiled == "fail"
+    assert in_short(report)[0] == "layer x flips 3e-2 of its codes (and 1 more, below)"
 
 
 def test_nothing_is_claimed_without_parity(report: Report) -> None:
     report.parity = None
-    assert facts.verdict(report).word == "not checked"
+    assert verdict_of(report).compiled == "not checked"
 
 
 def test_numbers_that_fall_short_are_marked(report: Report) -> None:
@@ -77,10 +74,10 @@ def test_timesteps_without_scales_of_their_own_are_told(report: Report) -> None:
 
 
 def test_int4_weights_may_compute_in_int8() -> None:
-    assert facts.agrees("int4", "int8")
-    assert not facts.agrees("int8", "int4")
-    assert not facts.agrees("int8", "-")
-    assert facts.agrees("fp32", "fp16")
+    assert agrees("int4", "int8")
+    assert not agrees("int8", "int4")
+    assert not agrees("int8", "-")
+    assert agrees("fp32", "fp16")
 
 
 @pytest.mark.parametrize(
@@ -121,15 +118,15 @@ def test_weights_alone_are_told_by_how_they_are_stored(report: Report) -> None:
     for column in (coverage.planned, coverage.onnx, coverage.engine):
         column.update(dict.fromkeys(narrow, "fp16"))
     coverage.storage = {name: WeightStorage(planned="int4", onnx="int4", engine="int4") for name in narrow}
-    assert facts.problems(report) == []
-    assert facts.verdict(report).sentence.startswith("The weights of all 56 layers are stored as INT4; ")
+    assert compiled_problems(report) == []
+    assert in_short(report)[0].startswith("The weights of all 56 layers are stored as INT4; ")
     headline = facts.headlines(report)[0]
     assert (headline.label, headline.value, headline.tone) == ("Weights stored as INT4", "56 of 56", "ok")
     coverage.storage[narrow[0]].engine = "fp16"
     assert (facts.headlines(report)[0].value, facts.headlines(report)[0].tone) == ("55 of 56", "bad")
     assert report.parity is not None
     report.parity.layers = [layer for layer in report.parity.layers if layer.name != narrow[0]]
-    assert facts.problems(report) == [f"parity was not measured on 1 quantized layers: {narrow[0]}"]
+    assert compiled_problems(report) == [f"parity was not measured on 1 quantized layers: {narrow[0]}"]
 
 
 def test_every_narrow_type_of_the_engine_is_counted(report: Report) -> None:

@@ -163,7 +163,8 @@ def test_a_page_without_any_stage(tmp_path: Path) -> None:
     page = page_of(tmp_path / "report.html", ReportInputs(report=bare))
     assert page.unbalanced == []
     assert page.sections == []
-    assert any("Not checked" in text for text in page.texts)
+    assert any("compiled: not checked" in text for text in page.texts)
+    assert any("pictures: not judged" in text for text in page.texts)
 
 
 @pytest.mark.parametrize(
