@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from qdexport.core.io_spec import IoSpec
     from qdexport.core.target import Target
 
-__all__ = ["BuildOptions", "build_engine", "checked_capabilities", "require_builder"]
+__all__ = ["BuildOptions", "build_engine", "checked_capabilities", "engine_files", "require_builder"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def build_engine(
     capabilities = checked_capabilities(options.target, options.compute_capabilities)
     if not onnx_path.is_file():
         raise BuildError(f"there is no ONNX file {onnx_path}; run the export stage first")
-    log_path = out_dir / "build.log"
-    with atomic_path(out_dir / "model.engine") as engine:
+    engine_path, plan_path, log_path = engine_files(out_dir)
+    with atomic_path(engine_path) as engine:
         with atomic_path(log_path) as log:
             job = BuildJob(
                 module=module,
@@ -144,9 +144,14 @@ def build_engine(
             raise _failure(run, onnx_path, log_path, options)
         plan = parse_plan(log_path.read_text(encoding="utf-8", errors="replace"), options.target.name)
         facts = _facts(run.success, plan, options.io)
-    plan.save(out_dir / "plan.json")
-    logger.info("built %s: %d bytes, %d kernels", out_dir / "model.engine", facts.bytes, facts.kernels)
+    plan.save(plan_path)
+    logger.info("built %s: %d bytes, %d kernels", engine_path, facts.bytes, facts.kernels)
     return facts, plan
+
+
+def engine_files(out_dir: Path) -> list[Path]:
+    """What :func:`build_engine` writes: the engine, its kernel plan, the builder's log."""
+    return [out_dir / "model.engine", out_dir / "plan.json", out_dir / "build.log"]
 
 
 def _cannot_write(log: Path) -> OutputError:

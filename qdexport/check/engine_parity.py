@@ -14,7 +14,7 @@ import numpy as np
 
 from qdexport.check.calls import fit_inputs
 from qdexport.check.session import ort_errors, reference_session
-from qdexport.core.files import atomic_dir
+from qdexport.core.files import Owner, atomic_dir
 from qdexport.core.io_spec import IoSpec
 from qdexport.core.target import Target
 from qdexport.errors import MissingDependencyError, ModelError, ParityError
@@ -27,7 +27,9 @@ _CHILD: Final = "qdexport.check.engine_child"
 _NO_DEVICE: Final = 3
 
 
-def write_golden(folder: Path, onnx_path: Path, io: IoSpec, calls: Sequence[DenoiserCall]) -> None:
+def write_golden(
+    folder: Path, onnx_path: Path, io: IoSpec, calls: Sequence[DenoiserCall], owner: Owner | None = None
+) -> None:
     """Stores denoiser calls and ONNX Runtime's answers: a ``NN.npz`` each, keys ``input/*`` and ``output/*``.
 
     Args:
@@ -35,6 +37,7 @@ def write_golden(folder: Path, onnx_path: Path, io: IoSpec, calls: Sequence[Deno
         onnx_path: the emitted file.
         io: its inputs and outputs.
         calls: what to store.
+        owner: knows which files there are ours; None: all.
 
     Raises:
         ParityError: the file does not run.
@@ -43,7 +46,7 @@ def write_golden(folder: Path, onnx_path: Path, io: IoSpec, calls: Sequence[Deno
     session = reference_session(onnx_path)
     known = {item.name for item in session.get_inputs()}
     names = [item.name for item in session.get_outputs()]
-    with atomic_dir(folder) as partial:
+    with atomic_dir(folder, owner) as partial:
         for index, call in enumerate(calls):
             inputs = fit_inputs(call.inputs, io)
             feed = {name: tensor.numpy() for name, tensor in inputs.items() if name in known}

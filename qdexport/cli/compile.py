@@ -173,7 +173,9 @@ def _continued_options(
     from qdexport.core.target import target_named
     from qdexport.errors import ModelError
     from qdexport.pipeline.compilation import CompileOptions
+    from qdexport.pipeline.workspace import settle
 
+    settle(folder)
     manifest = Manifest.load(folder / "manifest.json")
     recipe = folder / "checkpoint" / "recipe.yaml"
     if not recipe.is_file():
@@ -191,10 +193,13 @@ def out_folder(prepared: CompileOptions, given: Path | None) -> Path:
     """The folder that was asked for, or one by model and recipe."""
     from pathlib import Path
 
+    from qdexport.core.paths import as_file_name
+
     if given is not None:
         return given
-    name = prepared.model.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1]
-    return Path("qdexport-out") / f"{name}-{prepared.recipe.name}"
+    model = Path(prepared.model)
+    name = model.resolve().name if model.is_dir() else prepared.model.rstrip("/").rsplit("/", 1)[-1]
+    return Path("qdexport-out") / f"{as_file_name(name, 'model')}-{as_file_name(prepared.recipe.name, 'recipe')}"
 
 
 def run_stages(

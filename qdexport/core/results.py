@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 
+from qdexport.core.companion_facts import CompanionName
 from qdexport.core.digests import tree_sha256
 from qdexport.core.files import write_json
+from qdexport.core.paths import why_unsafe
+from qdexport.core.replace import files_below
 from qdexport.errors import ModelError
 
 __all__ = [
@@ -57,20 +60,38 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _below_root(name: str) -> str:
+    reason = why_unsafe(name)
+    if reason is not None:
+        raise ValueError(f"{name!a}, {reason}; only what is below the output folder is used")
+    return name
+
+
+PathBelowRoot = Annotated[str, AfterValidator(_below_root)]
+
+
 class Artifact(_Record):
-    """One file or folder that a stage made; ``inputs`` are the digests it was made from."""
+    """One file or folder that a stage made; ``inputs`` are the digests it was made from. ``files`` are the names of the
+    files in a folder: what else is there is the user's.
+    """
 
     kind: ArtifactKind
-    path: str
+    path: PathBelowRoot
     sha256: str
     stage: str
     inputs: dict[str, str] = Field(default_factory=dict)
+    files: list[PathBelowRoot] | None = None
 
     @classmethod
     def of(cls, root: Path, path: Path, kind: ArtifactKind, stage: str, inputs: dict[str, str]) -> Artifact:
         """Describes a finished file or folder below ``root``."""
         return cls(
-            kind=kind, path=path.relative_to(root).as_posix(), sha256=tree_sha256(path), stage=stage, inputs=inputs
+            kind=kind,
+            path=path.relative_to(root).as_posix(),
+            sha256=tree_sha256(path),
+            stage=stage,
+            inputs=inputs,
+            files=files_below(path) if path.is_dir() else None,
         )
 
 
@@ -79,7 +100,8 @@ class Manifest(_Record):
 
     ``environment`` is that of the last run; ``calibration_threads`` is that of the checkpoint: the number of threads
     that it was calibrated with. ``profiles`` gives, by optimization profile and dynamic input, the smallest, usual and
-    largest shape.
+    largest shape. ``claimed`` are files of ours that belong to no artifact: a stage was about to write them, or they
+    are of an earlier run.
     """
 
     schema_version: Literal[1] = 1
@@ -90,6 +112,7 @@ class Manifest(_Record):
     environment: dict[str, str] = Field(default_factory=dict)
     profiles: dict[str, dict[str, list[list[int]]]] = Field(default_factory=dict)
     artifacts: list[Artifact] = Field(default_factory=list)
+    claimed: list[PathBelowRoot] = Field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Writes atomically."""
@@ -378,7 +401,7 @@ class Report(_Record):
     coverage: Coverage | None = None
     parity: Parity | None = None
     engine: EngineFacts | None = None
-    companions: dict[str, CompanionResult] | None = None
+    companions: dict[CompanionName, CompanionResult] | None = None
     whole_pipeline: WholePipeline | None = None
     stages: dict[str, StageFacts] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)

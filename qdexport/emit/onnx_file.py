@@ -22,6 +22,7 @@ from qdexport.graph.edit import name_everything
 from qdexport.graph.nvfp4 import NVFP4_OPSET, declare_nvfp4, has_nvfp4
 
 if TYPE_CHECKING:
+    from qdexport.core.files import Owner
     from qdexport.core.target import Target
 
 __all__ = ["MODEL_FILE", "OnnxFile", "emit"]
@@ -48,7 +49,9 @@ class OnnxFile:
     nodes: int
 
 
-def emit(model: ir.Model, folder: Path, target: Target, metadata: dict[str, str]) -> OnnxFile:
+def emit(
+    model: ir.Model, folder: Path, target: Target, metadata: dict[str, str], owner: Owner | None = None
+) -> OnnxFile:
     """Writes ``folder/model.onnx`` (and ``model.onnx.data`` for large weights), replacing the folder at once.
 
     Args:
@@ -56,6 +59,7 @@ def emit(model: ir.Model, folder: Path, target: Target, metadata: dict[str, str]
         folder: replaced as a whole when everything was written and checked.
         target: decides the opset.
         metadata: stored in the file's metadata.
+        owner: knows which files of the folder are ours; None: all.
 
     Raises:
         EmitError: a node of the quantized dialect is left, a layer has what the target's opset or parser lacks, or
@@ -66,14 +70,15 @@ def emit(model: ir.Model, folder: Path, target: Target, metadata: dict[str, str]
     weight_bytes = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None
     )
-    with atomic_dir(folder) as partial, output_errors(folder, weight_bytes):
+    with atomic_dir(folder, owner) as partial, output_errors(folder, weight_bytes):
         path = partial / MODEL_FILE
         if weight_bytes > _SINGLE_FILE_BYTES:
             _save_with_data(model, path)
         else:
             ir.save(model, path)
         _check(path, full=weight_bytes <= _FULL_CHECK_BYTES)
-    size = sum(item.stat().st_size for item in folder.iterdir())
+    files = (folder / name for name in (MODEL_FILE, DATA_FILE))
+    size = sum(file.stat().st_size for file in files if file.is_file())
     logger.info("wrote %s, %.1f MB, %d nodes", folder / MODEL_FILE, size / 1e6, len(model.graph))
     return OnnxFile(path=folder / MODEL_FILE, bytes=size, nodes=len(model.graph))
 

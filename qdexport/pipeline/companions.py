@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qdexport import __version__
 from qdexport.build.audit import floating_mismatches
-from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities
+from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, engine_files
 from qdexport.build.plan import engine_coverage
 from qdexport.capture.export import capture_network
 from qdexport.check.calls import sample_size
@@ -45,7 +44,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qdexport.core.companion_facts import CompanionName
+    from qdexport.core.files import Owner
     from qdexport.core.progress import ProgressSink
+    from qdexport.core.results import ArtifactKind
     from qdexport.core.target import Target
     from qdexport.emit.onnx_file import OnnxFile
     from qdexport.pipeline.workspace import Workspace
@@ -59,7 +60,9 @@ _IMAGES = 4
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
 
 
-def lower_companion(companion: Companion, folder: Path, target: Target) -> OnnxFile:
+def lower_companion(
+    companion: Companion, folder: Path, target: Target, owner: Owner | None = None
+) -> OnnxFile:
     """Captures a network, runs the passes for floating-point networks, and writes ``folder/model.onnx``.
 
     Raises:
@@ -74,7 +77,7 @@ def lower_companion(companion: Companion, folder: Path, target: Target) -> OnnxF
         target=target, body=facts.body, io=facts.io, layers=(), timesteps=None, training_steps=0
     )
     run_passes(captured.model, floating_point_passes(), context)
-    return emit(captured.model, folder, target, facts.to_metadata())
+    return emit(captured.model, folder, target, facts.to_metadata(), owner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +151,7 @@ class CompanionStages:
         }
 
         def work() -> list[Made]:
-            file = lower_companion(load_companion(source, facts, variant), folder, self.target)
+            file = lower_companion(load_companion(source, facts, variant), folder, self.target, self.workspace)
             result = CompanionResult(
                 class_name=facts.class_name,
                 body=facts.body,
@@ -159,8 +162,7 @@ class CompanionStages:
             )
             audited = audited_layers(file.path, facts, None)
             self._results()[facts.network] = result.model_copy(update=audited)
-            files = sorted(folder.iterdir(), key=lambda path: path == file.path)
-            return [Made("companion_onnx", path) for path in files]
+            return [Made("companion_onnx", path) for path in self.workspace.files(folder, last=file.path)]
 
         self._run(f"export {facts.network}", f"export:{facts.network}", inputs, work, "export")
 
@@ -175,20 +177,20 @@ class CompanionStages:
 
         def work() -> list[Made]:
             facts = read_companion_facts(path)
+            made = engine_files(folder)
+            self.workspace.claim(made)
             options = BuildOptions(target=self.target, io=facts.io, compute_capabilities=capabilities)
             engine, plan = build_engine(path, folder, options, logger.info)
             found = {"engine": engine, **audited_layers(path, facts, plan)}
             self._results()[name] = self._results()[name].model_copy(update=found)
-            return [
-                Made("companion_engine", folder / "model.engine"),
-                Made("companion_plan", folder / "plan.json"),
-                Made("log", folder / "build.log"),
-            ]
+            kinds: tuple[ArtifactKind, ...] = ("companion_engine", "companion_plan", "log")
+            return [Made(kind, path) for kind, path in zip(kinds, made, strict=True)]
 
         self._run(f"build {name}", f"build:{name}", inputs, work, "build")
 
     def _check(self, names: tuple[CompanionName, ...]) -> list[Made]:
-        model, root = self.model(), self.workspace.root
+        model, workspace = self.model(), self.workspace
+        root = workspace.root
         onnx_path, validation = self.workspace.path("onnx"), model.recipe.validation
         io = read_network_facts(onnx_path).io
         pairs: dict[str, tuple[Companion, OnnxCompanion]] = {}
@@ -214,7 +216,7 @@ class CompanionStages:
             parity = companion_parity(companion, file, calls)
             self._results()[name] = self._results()[name].model_copy(update={"parity": parity})
             golden = [DenoiserCall(step=0, timestep=0, inputs=call, batch=0) for call in calls[: validation.golden]]
-            write_golden(root / name / "golden", self._onnx(name), companion.facts.io, golden)
+            write_golden(root / name / "golden", self._onnx(name), companion.facts.io, golden, workspace)
             made.append(Made("companion_golden", root / name / "golden"))
         return made
 
@@ -238,7 +240,7 @@ class CompanionStages:
     def _onnx(self, name: str) -> Path:
         return self.workspace.root / name / "onnx" / MODEL_FILE
 
-    def _results(self) -> dict[str, CompanionResult]:
+    def _results(self) -> dict[CompanionName, CompanionResult]:
         report = self.workspace.report
         if report.companions is None:
             report.companions = {}
@@ -249,8 +251,7 @@ class CompanionStages:
         workspace = self.workspace
         for name in [name for name in workspace.report.companions or {} if name not in names]:
             self._results().pop(name)
-            shutil.rmtree(workspace.root / name, ignore_errors=True)
-            workspace.drop(f"{name}/")
+            workspace.remove(name)
             for stage in [stage for stage in workspace.report.stages if stage.endswith(f":{name}")]:
                 workspace.report.stages.pop(stage)
         if not names:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdexport import __version__
-from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, require_builder
+from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, engine_files, require_builder
 from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.environment import environment_facts
 from qdexport.core.files import atomic_path
@@ -39,6 +39,7 @@ from qdexport.search.results import discard_answers
 if TYPE_CHECKING:
     from qdexport.core.progress import ProgressSink
     from qdexport.core.recipe import Recipe, Validation
+    from qdexport.core.results import ArtifactKind
     from qdexport.core.target import Target
     from qdexport.models.loaded import LoadedModel
     from qdexport.pipeline.workspace import Workspace
@@ -177,7 +178,9 @@ class Compilation:
             find_companions(loaded, recipe.companions)  # what is not there is better known now
             self._model = make_quantized(loaded, recipe, self._settings(loaded), self.progress)
             network_facts(self._model, options.target)  # a schedule that is missing is better known now
-            save_quantized(self._model, checkpoint, with_weights=options.copy_weights)
+            save_quantized(
+                self._model, checkpoint, with_weights=options.copy_weights, owner=self.workspace
+            )
             self.workspace.manifest.calibrated_with(self._model.threads)
             self._keep_bit_plan(recipe)
             return [Made("checkpoint", checkpoint)]
@@ -214,6 +217,7 @@ class Compilation:
             if "search" in options.force:
                 discard_answers(root / SEARCH_CACHE)
             start = FormTable.load(options.forms) if options.forms else None
+            self.workspace.claim([folder / SEARCH_FILE, folder / FORMS_FILE])
             search_network(
                 self.model, options.target, gpu, folder, root / SEARCH_CACHE, start=start, progress=self.progress
             )
@@ -245,9 +249,11 @@ class Compilation:
             extra = [load_pass(source) for source in self.options.extra_passes]
             table = FormTable.load(forms) if forms else None
             options = self.options
-            lowered = lower_to_onnx(self.model, folder, options.target, options.dump_passes, extra, table)
+            lowered = lower_to_onnx(
+                self.model, folder, options.target, options.dump_passes, extra, table, owner=self.workspace
+            )
             self.workspace.manifest.profiles = lowered.facts.io.profile_shapes()
-            files = sorted(folder.iterdir(), key=lambda path: path == lowered.file.path)
+            files = self.workspace.files(folder, last=lowered.file.path)
             return [Made("log" if path.name == PASS_LOG_FILE else "onnx", path) for path in files]
 
         with self.progress.stage("export"):
@@ -270,15 +276,14 @@ class Compilation:
                 io=io_spec(self.model.loaded, recipe.shapes, self.model.body),
                 compute_capabilities=capabilities,
             )
+            made = engine_files(folder)
+            self.workspace.claim(made)
             facts, _ = build_engine(self.workspace.path("onnx"), folder, build, logger.info)
             self.workspace.report.engine = facts
             if note and note not in self.workspace.report.notes:
                 self.workspace.report.notes.append(note)
-            return [
-                Made("engine", folder / "model.engine"),
-                Made("plan", folder / "plan.json"),
-                Made("log", folder / "build.log"),
-            ]
+            kinds: tuple[ArtifactKind, ...] = ("engine", "plan", "log")
+            return [Made(kind, path) for kind, path in zip(kinds, made, strict=True)]
 
         with self.progress.stage("build"):
             self.workspace.run_stage("build", inputs, work, force="build" in self.options.force)

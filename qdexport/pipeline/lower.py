@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from qdexport.core.files import Owner
     from qdexport.core.forms import FormTable
     from qdexport.core.target import Target
     from qdexport.graph.runner import GraphPass
@@ -121,6 +122,7 @@ def lower_to_onnx(  # noqa: PLR0913  what is lowered, where to, and what may dif
     extra_passes: Sequence[GraphPass] = (),
     forms: FormTable | None = None,
     passes: Sequence[GraphPass] | None = None,
+    owner: Owner | None = None,
 ) -> Lowered:
     """Captures a fake-quant model, runs every pass, and writes ``folder/model.onnx`` and what every pass did.
 
@@ -132,6 +134,7 @@ def lower_to_onnx(  # noqa: PLR0913  what is lowered, where to, and what may dif
         extra_passes: a user's own.
         forms: which form operators are written in; None: the table that comes with qdexport.
         passes: instead of all of them (to measure what some of them bring).
+        owner: knows which files of the folder are ours; None: all.
 
     Raises:
         RecipeError: the target cannot do what the recipe asks, or there is no schedule for the time table.
@@ -142,7 +145,7 @@ def lower_to_onnx(  # noqa: PLR0913  what is lowered, where to, and what may dif
     """
     network = capture_network(model, target, forms)
     chosen = with_passes(list(default_passes() if passes is None else passes), extra_passes)
-    return lower_network(network, model, folder, chosen, dump_dir)
+    return lower_network(network, model, folder, chosen, dump_dir, owner)
 
 
 def lower_network(
@@ -151,12 +154,15 @@ def lower_network(
     folder: Path,
     passes: Sequence[GraphPass],
     dump_dir: Path | None = None,
+    owner: Owner | None = None,
 ) -> Lowered:
     """The same for a network that was captured already, with exactly these passes; the network's graph is used up."""
     target = network.context.target
     reports = run_passes(network.model, passes, network.context, dump_dir)
     facts = network.facts.model_copy(update={"notes": {**_notes(model), **_pass_notes(reports)}})
-    file = emit(network.model, folder, target, facts.to_metadata())
+    file = emit(network.model, folder, target, facts.to_metadata(), owner)
+    if owner is not None:
+        owner.claim([folder / PASS_LOG_FILE])
     _log(reports).save(folder / PASS_LOG_FILE)
     return Lowered(file=file, facts=facts, passes=tuple(reports))
 

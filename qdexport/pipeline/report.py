@@ -27,8 +27,9 @@ def write_report(model: QuantizedModel, workspace: Workspace) -> Path:
     """Writes the page and enters it in the manifest."""
     workspace.report.verdict = verdict_of(workspace.report)
     folder = workspace.root / "images"
+    ours = sorted(workspace.ours(folder))
     images = {
-        column: sorted((folder / column).glob("*.png"))[:_SHOWN_IMAGES]
+        column: [folder / name for name in ours if name.startswith(f"{column}/")][:_SHOWN_IMAGES]
         for column in _COLUMNS
         if (folder / column).is_dir()
     }
@@ -42,10 +43,11 @@ def write_report(model: QuantizedModel, workspace: Workspace) -> Path:
         prompts=prompts_for(model.loaded, validation.images, validation.seed)[:_SHOWN_IMAGES] if images else [],
         scales=scales,
         timesteps=list(model.timesteps) if any(len(rows) > 1 for rows in scales.values()) else [],
-        plan=Plan.load(workspace.root / plan.path) if plan else None,
+        plan=Plan.load(workspace.path("plan")) if plan else None,
         environment=workspace.manifest.environment,
     )
     path = workspace.root / "report.html"
+    workspace.claim([path])
     write_html(path, inputs)
     others = [item for item in workspace.manifest.artifacts if item.path != path.name]
     workspace.manifest.artifacts = [*others, Artifact.of(workspace.root, path, "report", "report", {})]

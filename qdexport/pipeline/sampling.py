@@ -11,6 +11,7 @@ from PIL import Image
 from qdexport.check.companions import OnnxCompanion
 from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.files import atomic_path
+from qdexport.core.paths import below
 from qdexport.core.results import Manifest
 from qdexport.emit.facts import read_companion_facts, read_network_facts
 from qdexport.errors import ModelError
@@ -97,8 +98,9 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
     if "onnx" in wanted:
         if file is None:
             raise ModelError(f"{folder} holds no ONNX file; run `qdexport export {folder}`")
-        facts = read_network_facts(folder / file.path)
-        available["onnx"] = OnnxDenoiser(folder / file.path, facts.io, quantized.loaded.denoiser)
+        path = below(folder, file.path, folder / "manifest.json")
+        facts = read_network_facts(path)
+        available["onnx"] = OnnxDenoiser(path, facts.io, quantized.loaded.denoiser)
         companions = _open_companions(folder, manifest)
     return Denoisers(
         loaded=quantized.loaded,
@@ -113,8 +115,9 @@ def _open_companions(folder: Path, manifest: Manifest) -> dict[str, tuple[Compan
     found = {}
     for item in manifest.artifacts:
         if item.kind == "companion_onnx" and item.path.endswith(".onnx"):
-            facts = read_companion_facts(folder / item.path)
-            found[str(facts.network)] = (facts, OnnxCompanion(folder / item.path, facts))
+            path = below(folder, item.path, folder / "manifest.json")
+            facts = read_companion_facts(path)
+            found[str(facts.network)] = (facts, OnnxCompanion(path, facts))
     return found
 
 

@@ -18,6 +18,7 @@ from qdexport.check.session import REFERENCE
 from qdexport.check.shapes import shape_parity
 from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
+from qdexport.core.files import atomic_dir
 from qdexport.core.results import Coverage, Plan, ScaleRow, WeightStorage
 from qdexport.core.spec import Granularity, layer_precision, weight_storage
 from qdexport.core.target import target_named
@@ -62,7 +63,7 @@ def validate(
     report, validation = workspace.report, model.recipe.validation
     report.body = model.body
     int4 = stores_int4_weights(model, target_named(facts.target).with_opset(model.recipe.opset))
-    report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.root / plan.path) if plan else None, int4=int4)
+    report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.path("plan")) if plan else None, int4=int4)
     report.coverage.notes = facts.notes
 
     calls = check_calls(model, facts.io, validation.parity_steps, validation.seed)
@@ -76,7 +77,7 @@ def validate(
     report.parity.quick = quick
 
     golden = workspace.root / "golden"
-    write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes])
+    write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes], workspace)
     made = [Made("golden", golden)]
     images = _images(model, onnx_path, facts.io, workspace, progress)
     return [*made, Made("images", images)] if images else made
@@ -171,7 +172,8 @@ def _images(
         size = " x ".join(map(str, images["fp"].shape[-2:]))
         _note(workspace, f"The evaluator of {model.loaded.name} reads no images of {size}: they have no alignment.")
     folder = workspace.root / "images"
-    save_images(folder, images, prompts_for(model.loaded, validation.images, validation.seed))
+    with atomic_dir(folder, workspace) as partial:
+        save_images(partial, images, prompts_for(model.loaded, validation.images, validation.seed))
     return folder
 
 

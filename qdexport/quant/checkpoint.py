@@ -42,7 +42,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qdexport import __version__
-from qdexport.core.files import atomic_dir
+from qdexport.core.files import Owner, atomic_dir
 from qdexport.core.reading import reading
 from qdexport.core.recipe import load_recipe
 from qdexport.core.spec import NVFP4_BLOCK, LayerPlan
@@ -105,7 +105,9 @@ class CheckpointFacts(BaseModel):
     encoder: str | None  # digest of the text encoders that the first token's embedding came from; None: no embedding
 
 
-def save_quantized(model: QuantizedModel, folder: Path, *, with_weights: bool = True) -> None:
+def save_quantized(
+    model: QuantizedModel, folder: Path, *, with_weights: bool = True, owner: Owner | None = None
+) -> None:
     """Writes a quantized checkpoint, whole or not at all.
 
     Args:
@@ -113,6 +115,7 @@ def save_quantized(model: QuantizedModel, folder: Path, *, with_weights: bool = 
         folder: an earlier checkpoint there is replaced.
         with_weights: False leaves the floating-point weights where they are and stores only the reference to
             them, for models of several gigabytes.
+        owner: knows which files of the folder are ours; None: all of an earlier checkpoint.
 
     Raises:
         OutputError: the folder cannot be written, or holds something else.
@@ -120,7 +123,7 @@ def save_quantized(model: QuantizedModel, folder: Path, *, with_weights: bool = 
     if folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
         raise OutputError(f"{folder} is not empty and no quantized checkpoint; choose another folder")
     needs = sum(tensor.nbytes for tensor in model.denoiser.state_dict().values()) if with_weights else None
-    with atomic_dir(folder) as fresh, output_errors(folder, needs):
+    with atomic_dir(folder, owner) as fresh, output_errors(folder, needs):
         if with_weights:
             _save_weights(model, fresh)
         metadata = {_METADATA_KEY: _facts(model, with_weights)}
