@@ -172,8 +172,8 @@ def _images(
         size = " x ".join(map(str, images["fp"].shape[-2:]))
         _note(workspace, f"The evaluator of {model.loaded.name} reads no images of {size}: they have no alignment.")
     folder = workspace.root / "images"
-    with atomic_dir(folder, workspace) as partial:
-        save_images(partial, images, prompts_for(model.loaded, validation.images, validation.seed))
+    with atomic_dir(folder, workspace) as fresh:
+        save_images(fresh, images, prompts_for(model.loaded, validation.images, validation.seed))
     return folder
 
 
