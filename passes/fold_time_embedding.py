@@ -6,8 +6,11 @@ After:  ``timestep -> Gather(row index) -> Gather(table) -> Split -> Add``
 Identity: a function of ``t`` alone is its table over the timesteps that occur. The rows are evaluated in FP32 and
 rounded once to the body's type. Where text or a class enters the embedding (SDXL), only the part before is tabled.
 Exact up to the order of sums and roundings that fall away: a library may sum the product of one row in another order
-than that of several. A timestep without a row reads NaN, so that it can never pass unnoticed; since a quantizer would
-turn that into a code like any other, a column that is 0 in every row is also added to the outputs of the network.
+than that of several. Where every timestep has a row, the timestep is the row.
+
+A timestep without a row reads NaN, so that it can never pass unnoticed; since a quantizer would turn that into a code
+like any other, a column that is 0 in every row is also added to the outputs of the network. A Gather would count a
+negative timestep from the end: it is clipped to -1 and the number of training steps first; both read the row of NaN.
 
 A timestep that is a float (flow matching) finds the row whose timestep it is, up to the rounding of a pipeline in half
 precision (:mod:`qdexport.core.timesteps`): ``d = |rows - t| - reach, row = ArgMin(d)``, and NaN where ``min d > 0``.
@@ -22,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qdexport.core.timesteps import reach_of
+from qdexport.core.timesteps import equal_reach, reach_of, reaches
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import STEP_ROWS
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
@@ -33,9 +36,10 @@ from qdexport.passes.guard_outputs import guard_outputs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from qdexport.core.io_spec import IoSpec
     from qdexport.graph.runner import PassContext, PassReport
 
-__all__ = ["FoldTimeEmbedding"]
+__all__ = ["FoldTimeEmbedding", "time_columns"]
 
 _BROADCASTING = frozenset({"Add", "Sub", "Mul", "Div"})
 _MODULE = "time_table"
@@ -65,6 +69,20 @@ class FoldTimeEmbedding:
         remove_unused(model)
 
 
+def time_columns(model: ir.Model, io: IoSpec) -> int:
+    """How many numbers of the network depend on the timestep alone: the columns of the table. The graph is untouched.
+
+    Raises:
+        GraphPassError: they cannot become a table.
+    """
+    spec = io.by_role("timestep")
+    timestep = next((value for value in model.graph.inputs if spec is not None and value.name == spec.name), None)
+    if timestep is None:
+        return 0
+    repeated = [node.outputs[0] for node in _repeats(timestep)]
+    return sum(_size(list(shape_of(value))[1:]) for value in _frontier(model, timestep, repeated))
+
+
 def _is_tabled(value: ir.Value) -> bool:
     """Whether a value comes out of the table already, so that a second run has nothing to do."""
     producer = value.producer()
@@ -72,16 +90,18 @@ def _is_tabled(value: ir.Value) -> bool:
 
 
 def _check_range(context: PassContext, timestep: ir.Value) -> None:
-    fractions = timestep.dtype == ir.DataType.FLOAT
-    last = context.training_steps if fractions else context.training_steps - 1
-    steps = sorted(context.timesteps or ())
-    for step in steps:
-        if not 0 <= step <= last:
-            raise GraphPassError(f"timestep {step} is outside 0..{last}; use the model's own schedule")
-        if not fractions and not float(step).is_integer():
-            raise GraphPassError(f"timestep {step} is a fraction, and the network's timestep is an integer")
-    for low, high in pairwise(steps):
-        if fractions and high - low <= reach_of(low) + reach_of(high):
+    """Refuses rows that no call could mean, or that two calls could."""
+    last, steps = context.training_steps - 1, sorted(context.timesteps or ())
+    if timestep.dtype != ir.DataType.FLOAT:
+        for step in steps:
+            if not 0 <= step <= last:
+                raise GraphPassError(f"timestep {step} is outside 0..{last}; use the model's own schedule")
+            if not float(step).is_integer():
+                raise GraphPassError(f"timestep {step} is a fraction, and the network's timestep is an integer")
+        return
+    reach = [reach_of(step, context.timestep_rounding) for step in steps]
+    for (low, low_reach), (high, high_reach) in pairwise(zip(steps, reach, strict=True)):
+        if high - low <= max(low_reach + high_reach, equal_reach(steps)):
             raise GraphPassError(
                 f"timesteps {low} and {high} are too near to be told apart once a pipeline has rounded them; "
                 "sample in fewer steps, or say `time_embedding: keep`"
@@ -95,13 +115,20 @@ def _bypass_expand(model: ir.Model, timestep: ir.Value) -> None:
     """
     if len(shape_of(timestep)) != 1 or shape_of(timestep)[0] != 1:
         return
-    for use in list(timestep.uses()):
-        node = use.node
-        repeats = node.op_type == "Expand" and use.idx == 0
-        if repeats or (node.op_type == "Mul" and _is_ones(node.inputs[1 - use.idx])):
-            replace_value(node.outputs[0], timestep)
+    for node in _repeats(timestep):
+        replace_value(node.outputs[0], timestep)
     remove_unused(model)  # the shape that a bypassed Expand computed from the batch
     _keep_one_row(model, timestep)
+
+
+def _repeats(timestep: ir.Value) -> list[ir.Node]:
+    """The nodes that repeat the timestep for every row of the batch."""
+    return [
+        use.node
+        for use in timestep.uses()
+        if (use.node.op_type == "Expand" and use.idx == 0)
+        or (use.node.op_type == "Mul" and _is_ones(use.node.inputs[1 - use.idx]))
+    ]
 
 
 def _keep_one_row(model: ir.Model, timestep: ir.Value) -> None:
@@ -145,9 +172,12 @@ def _is_ones(value: ir.Value | None) -> bool:
     return producer.op_type in {"Expand", "Cast"} and _is_ones(producer.inputs[0])
 
 
-def _frontier(model: ir.Model, timestep: ir.Value) -> list[ir.Value]:
-    """The float values that depend on the timestep alone and are read by something that does not."""
-    alone: dict[ir.Value, None] = {timestep: None}
+def _frontier(model: ir.Model, timestep: ir.Value, repeated: Sequence[ir.Value] = ()) -> list[ir.Value]:
+    """The float values that depend on the timestep alone and are read by something that does not.
+
+    ``repeated`` are the timestep once more, for every row of the batch.
+    """
+    alone: dict[ir.Value, None] = dict.fromkeys([timestep, *repeated])
     fixed: set[ir.Value] = set()  # computed from constants alone: weights behind their quantizers, frequencies
     for node in model.graph:
         if module_of(node) == STEP_ROWS:
@@ -162,7 +192,7 @@ def _frontier(model: ir.Model, timestep: ir.Value) -> list[ir.Value]:
     for value in alone:
         readers = [use.node for use in value.uses() if not all(out in alone for out in use.node.outputs)]
         readers = [node for node in readers if module_of(node) != STEP_ROWS]
-        if value is timestep and readers:
+        if (value is timestep or value in repeated) and readers:
             raise GraphPassError(
                 f"{readers[0].name} reads the raw timestep beside other inputs; say `time_embedding: keep` "
                 "in the recipe"
@@ -221,11 +251,9 @@ def _row(writer: NodeWriter, timestep: ir.Value, context: PassContext) -> ir.Val
     """The row of the running call, INT64 of the timestep's shape; that behind the last where there is none."""
     steps = list(context.timesteps or ())
     if timestep.dtype != ir.DataType.FLOAT:
-        index = np.full(context.training_steps, len(steps), np.int64)
-        index[np.array(steps)] = np.arange(len(steps))
-        return writer.op("Gather", [writer.constant("row_of_timestep", index), timestep], like=timestep)
+        return _row_of_whole(writer, timestep, np.array(steps), context.training_steps)
     count = shape_of(timestep)[0]
-    rows, reach = np.array(steps, np.float32), np.array([reach_of(step) for step in steps], np.float32)
+    rows, reach = np.array(steps, np.float32), np.array(reaches(steps, context.timestep_rounding), np.float32)
     shape = [count, len(steps)]
     column = timestep
     if count != 1:
@@ -239,9 +267,22 @@ def _row(writer: NodeWriter, timestep: ir.Value, context: PassContext) -> ir.Val
     axes = writer.constant("axes", np.array([1], np.int64))
     least = writer.op("ReduceMin", [beyond, axes], {"keepdims": 0}, dtype=ir.DataType.FLOAT, shape=[count])
     zero = writer.constant("zero", np.float32(0))
-    missing = writer.op("Greater", [least, zero], dtype=ir.DataType.BOOL, shape=[count])
+    found = writer.op("LessOrEqual", [least, zero], dtype=ir.DataType.BOOL, shape=[count])  # false for NaN
     none = writer.constant("no_row", np.array([len(steps)], np.int64))
-    return writer.op("Where", [missing, none, nearest], dtype=ir.DataType.INT64, shape=[count])
+    return writer.op("Where", [found, nearest, none], dtype=ir.DataType.INT64, shape=[count])
+
+
+def _row_of_whole(writer: NodeWriter, timestep: ir.Value, steps: np.ndarray, training_steps: int) -> ir.Value:
+    """The row of a whole timestep. Beyond both ends a Gather would take a row from the other end, or stop."""
+    first, last = (np.array([end], np.int64) for end in (-1, training_steps))  # both are the last row
+    # parsers take no Clip of integers
+    inside = writer.op("Max", [timestep, writer.constant("first", first)], like=timestep)
+    inside = writer.op("Min", [inside, writer.constant("last", last)], like=timestep)
+    if np.array_equal(steps, np.arange(training_steps)):
+        return inside
+    index = np.full(training_steps + 1, len(steps), np.int64)
+    index[steps] = np.arange(len(steps))
+    return writer.op("Gather", [writer.constant("row_of_timestep", index), inside], like=timestep)
 
 
 def _write_table(timestep: ir.Value, frontier: Sequence[ir.Value], table: np.ndarray, context: PassContext) -> ir.Value:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qdexport.core.io_spec import IoSpec
 from qdexport.core.reading import reading
+from qdexport.core.timesteps import reach_of, row_at, whole_step
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class NetworkFacts(BaseModel):
         body: type of what is not quantized.
         scheduler: class name of the scheduler whose steps the tables hold; empty when there was none.
         training_steps: valid timesteps are 0 up to this, exclusive.
+        timestep_bounds: smallest and largest timestep of a call; None: 0 and the last of the training.
+        timestep_rounding: by what share of itself a pipeline in half precision rounds a fractional timestep.
         time_table: exact timesteps with a row in the time table; None when the time layers are in the graph.
         scale_rows: timesteps of the activation rows; a single static row is an empty list.
         io: inputs and outputs.
@@ -45,6 +48,8 @@ class NetworkFacts(BaseModel):
     body: str
     scheduler: str
     training_steps: int
+    timestep_bounds: tuple[int | float, int | float] | None = None
+    timestep_rounding: float = 0.0
     time_table: tuple[int | float, ...] | None
     scale_rows: tuple[int | float, ...]
     io: IoSpec
@@ -67,23 +72,43 @@ class NetworkFacts(BaseModel):
         """Refuses a schedule that the network has no rows for.
 
         Raises:
-            ModelError: a timestep outside the training range, or one that the time table lacks.
+            ModelError: a timestep outside the training range, one that the time table lacks, or a fraction where the
+                network takes whole numbers; the message says what to do.
         """
         steps = list(timesteps)
-        spec = self.io.by_role("timestep")
-        # flow matching starts at the end of the range
-        last = self.training_steps if spec is not None and spec.dtype == "float32" else self.training_steps - 1
-        outside = [step for step in steps if not 0 <= step <= last]
+        low, high = self.timestep_bounds or (0, self.training_steps - 1)
+        # a pipeline in half precision may round the last one up; NaN lies nowhere
+        outside = [step for step in steps if not low <= step <= high + reach_of(high, self.timestep_rounding)]
         if outside:
-            raise ModelError(f"timesteps {outside[:_SHOWN]} are outside the training range 0..{last}")
-        if self.time_table is None:
+            raise ModelError(f"timesteps {_first(outside)} are outside the training range {low}..{high}")
+        spec = self.io.by_role("timestep")
+        rows = self.time_table
+        fractions = [step for step in steps if whole_step(step) is None]
+        if fractions and (spec is None or spec.dtype != "float32"):
+            raise ModelError(_no_fractions(fractions))
+        if rows is None:
             return
-        known = set(self.time_table)
-        missing = [step for step in steps if step not in known]
-        if missing:
-            raise ModelError(
-                f"the time table was made for {len(known)} steps of {self.scheduler or 'the given schedule'} and has "
-                f"no row for timesteps {missing[:_SHOWN]}{' ...' if len(missing) > _SHOWN else ''}; sample with "
-                "that scheduler and number of steps, or compile with `time_embedding: all` (one row for every "
-                "timestep) or `keep` (leave the time layers in the network)"
-            )
+        missing = [step for step in steps if row_at(rows, step, self.timestep_rounding) is None]
+        if not missing:
+            return
+        every = set(range(self.training_steps)) <= set(rows)
+        if every and any(step in fractions for step in missing):
+            raise ModelError(_no_fractions(missing))
+        raise ModelError(
+            f"the time table was made for {len(rows)} steps of {self.scheduler or 'the given schedule'} and has "
+            f"no row for timesteps {_first(missing)}; sample with that scheduler and number of steps, or compile with "
+            f"{'' if self.timestep_rounding else '`time_embedding: all` (one row for every timestep) or '}"
+            "`time_embedding: keep` (leave the time layers in the network)"
+        )
+
+
+def _first(steps: list[float]) -> str:
+    return f"{steps[:_SHOWN]}{' ...' if len(steps) > _SHOWN else ''}"
+
+
+def _no_fractions(steps: list[float]) -> str:
+    return (
+        f"the scheduler asks for timesteps {_first(steps)}, and the network has a table of whole ones; use a spacing "
+        "with whole steps (`timestep_spacing: leading` or `trailing`, without Karras, exponential or beta sigmas), or "
+        "compile with `time_embedding: keep`, which leaves the time layers in the network"
+    )

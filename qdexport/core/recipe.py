@@ -306,7 +306,11 @@ class Recipe(_Part):
     body: Literal["auto", "fp32", "fp16"] = Field(default="auto", description="auto: the type of the model's weights")
     rules: tuple[Rule, ...] = Field(min_length=1)
     activation_rows: Literal["static", "per_step"] | StepGroups = "static"
-    time_embedding: Literal["steps", "all", "keep"] = "steps"
+    time_embedding: Literal["auto", "steps", "all", "keep"] = Field(
+        default="auto",
+        description="a row of the time table for each timestep of the schedule (steps) or of the training (all); auto: "
+        "all where that table has at most 32 MiB, or a tenth of the weights at a byte each; keep: no table",
+    )
     split_shortcuts: bool = Field(
         default=False, description="own quantizers for the hidden and skip halves of up-block shortcuts (UNets)"
     )

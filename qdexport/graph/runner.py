@@ -40,6 +40,7 @@ class PassContext:
         layers: the recipe's decision for every Conv2d and Linear.
         timesteps: rows of the time table, exact scheduler timesteps; None keeps the time layers in the graph.
         training_steps: number of training timesteps; valid timesteps are below it.
+        timestep_rounding: by what share of itself a pipeline rounds a fractional timestep before it calls the network.
         bos: the text encoder's embedding of the first token, FP32 ``[D]``; None when no layer is BOS-aware.
         int4: whether weights of linear layers may be stored as INT4 (the target can, and the recipe allows it).
         int4_weight_only: likewise, of layers whose weight alone is quantized.
@@ -52,6 +53,7 @@ class PassContext:
     layers: tuple[LayerPlan, ...]
     timesteps: tuple[float, ...] | None
     training_steps: int
+    timestep_rounding: float = 0.0
     bos: np.ndarray | None = None
     int4: bool = False
     int4_weight_only: bool = False

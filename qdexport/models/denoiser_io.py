@@ -83,7 +83,7 @@ def size_multiple(denoiser: nn.Module) -> int:
     return 1 << count
 
 
-def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec:
+def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str, *, fractions: bool = False) -> IoSpec:
     """The inputs and the output of the exported network.
 
     Args:
@@ -91,6 +91,7 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
         shapes: Sizes, fixed or ranges. The best of a range that names none is the model's own size, or the
             nearest inside the range.
         body: `fp32` or `fp16`, the type of the floating-point inputs and of the output.
+        fractions: The timestep is a floating-point number in any case, unless the denoiser has a table of timesteps.
 
     Raises:
         RecipeError: A size is not a multiple of what the downsampling needs, a range is out of order, a profile leaves
@@ -108,7 +109,7 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
     rows = _image(batch, packed, height, width, config["in_channels"])
     inputs = [
         TensorSpec(name="sample", role="sample", dtype=dtype, dims=rows),
-        TensorSpec(name="timestep", role="timestep", dtype=timestep_dtype(model), dims=(_fixed(1),)),
+        TensorSpec(name="timestep", role="timestep", dtype=_timestep_dtype(model, fractions), dims=(_fixed(1),)),
     ]
     tokens = ranges.get("tokens")
     if tokens is not None:
@@ -129,6 +130,12 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str) -> IoSpec
     outputs = _image(batch, packed, height, width, channels)
     prediction = TensorSpec(name="noise_pred", role="prediction", dtype=dtype, dims=outputs)
     return IoSpec(inputs=tuple(inputs), outputs=(prediction,), profiles=profiles)
+
+
+def _timestep_dtype(model: LoadedModel | nn.Module, fractions: bool) -> str:
+    denoiser = model.denoiser if isinstance(model, LoadedModel) else model
+    learned = isinstance(getattr(denoiser, "time_proj", None), nn.Embedding)
+    return "float32" if fractions and not learned else timestep_dtype(model)
 
 
 def latent_dims(loaded: LoadedModel, shapes: Shapes) -> tuple[Dim, Dim]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qdexport.core.reading import reading
+from qdexport.core.timesteps import equal_reach
 from qdexport.errors import ModelError
 from qdexport.models import shapes
 from qdexport.models.conditions import class_labels, lacks_text_encoder, text_arguments
@@ -131,7 +133,9 @@ def schedule(loaded: LoadedModel, steps: int | None = None) -> list[int | float]
         ModelError: The model has no scheduler, or the scheduler refuses the number of steps.
     """
     timesteps = scheduler_timesteps(loaded, steps)
-    return [step for number, step in enumerate(timesteps) if number == 0 or step != timesteps[number - 1]]
+    reach = equal_reach(timesteps)
+    before = [math.inf, *timesteps]
+    return [step for last, step in zip(before, timesteps, strict=False) if abs(step - last) > reach]
 
 
 def call_count(loaded: LoadedModel, request: SampleRequest) -> int:
@@ -226,12 +230,18 @@ class _Tap(nn.Module):
     """
 
     def __init__(
-        self, own: nn.Module, target: Any, before: OnCall | None, after: Callable[[], None], labels: Tensor | None
+        self,
+        own: nn.Module,
+        target: Any,
+        before: OnCall | None,
+        after: Callable[[], None],
+        labels: Tensor | None,
+        reach: float,
     ) -> None:
         super().__init__()
         # not as submodules: to() or save_pretrained() must not reach them through the tap
-        self.__dict__.update(_own=own, _target=target, _before=before, _after=after, _labels=labels)
-        self._step, self._timestep = -1, -1.0
+        self.__dict__.update(_own=own, _target=target, _before=before, _after=after, _labels=labels, _reach=reach)
+        self._step, self._timestep = -1, math.inf
         self.failed: Exception | None = None  # what the caller's functions raised
 
     def __getattr__(self, name: str) -> Any:
@@ -243,7 +253,7 @@ class _Tap(nn.Module):
         if self._before is not None:
             inputs = named_inputs(self._own, args, kwargs)
             timestep = inputs["timestep"].item()
-            if self._step < 0 or timestep != self._timestep:
+            if abs(timestep - self._timestep) > self._reach:
                 self._step, self._timestep = self._step + 1, timestep
             with self._callers():
                 self._before(self._step, timestep, inputs)
@@ -275,7 +285,8 @@ def _batches(
     before: _OnBatchCall | None,
     on_progress: OnProgress | None,
 ) -> Iterator[NDArray[np.float32]]:
-    pipeline, done, total = _pipeline(loaded), 0, call_count(loaded, request)
+    pipeline, done = _pipeline(loaded), 0
+    total, reach = call_count(loaded, request), equal_reach(scheduler_timesteps(loaded, request.steps))
 
     def after() -> None:
         nonlocal done
@@ -287,7 +298,7 @@ def _batches(
     target = loaded.denoiser if denoiser is None else denoiser
     for batch, start in enumerate(range(0, len(request.prompts), request.batch_size)):
         labels = _missing_labels(loaded, request, start)
-        tap = _Tap(own, target, None if before is None else partial(before, batch), after, labels)
+        tap = _Tap(own, target, None if before is None else partial(before, batch), after, labels, reach)
         with _in_place_of(pipeline, loaded.component, tap):
             arguments = _arguments(loaded, request, start)
             with _of_the_pipeline(loaded, tap):

@@ -8,11 +8,12 @@ import numpy as np
 from torch import nn
 
 from qdexport.core.reading import reading
+from qdexport.core.timesteps import TOLERANCE, whole_step
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_classes import FLUX, SD3, config_of, family_of
 from qdexport.models.loaded import LoadedModel
 
-__all__ = ["has_fractions", "scheduler_timesteps", "timestep_dtype"]
+__all__ = ["has_fractions", "scheduler_timesteps", "timestep_dtype", "timestep_rounding"]
 
 _PROBE: Final = 7  # steps: no divisor of 999 or 1000, so that an even spacing has fractions if it may
 # of diffusers' pipelines, where the scheduler's config does not say
@@ -22,9 +23,17 @@ _SHIFTS: Final = {FLUX: (0.5, 1.15), SD3: (0.5, 1.16)}
 def timestep_dtype(model: LoadedModel | nn.Module) -> str:
     """`float32` where timesteps are fractions (flow matching, Euler schedules with linear spacing), else `int64`."""
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
-    if family_of(denoiser) in (SD3, FLUX):
+    if timestep_rounding(denoiser) > 0:
         return "float32"
     return "float32" if isinstance(model, LoadedModel) and has_fractions(model) else "int64"
+
+
+def timestep_rounding(denoiser: nn.Module) -> float:
+    """By what share of itself a pipeline in half precision rounds a timestep before it calls the denoiser.
+
+    0 but for the flow-matching families; also says that any real number may be a timestep of theirs.
+    """
+    return TOLERANCE if family_of(denoiser) in (SD3, FLUX) else 0.0
 
 
 def has_fractions(loaded: LoadedModel) -> bool:
@@ -52,7 +61,7 @@ def scheduler_timesteps(loaded: LoadedModel, steps: int | None) -> list[int | fl
         # a copy: set_timesteps changes the scheduler that a pipeline may be using
         scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
         scheduler.set_timesteps(count, **_settings(loaded, scheduler, count))
-        return [int(step) if float(step).is_integer() else float(step) for step in scheduler.timesteps.tolist()]
+        return [float(step) if (whole := whole_step(step)) is None else whole for step in scheduler.timesteps.tolist()]
 
 
 def _settings(loaded: LoadedModel, scheduler: Any, count: int) -> dict[str, Any]:

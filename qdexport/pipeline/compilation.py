@@ -19,13 +19,12 @@ from qdexport.core.pass_log import PASS_LOG_FILE
 from qdexport.core.results import Manifest, Report
 from qdexport.errors import RecipeError
 from qdexport.models.companions import find_companions
-from qdexport.models.denoiser_io import io_spec
 from qdexport.models.load import load_model
 from qdexport.models.source import resolve_source
 from qdexport.passes import default_passes
 from qdexport.passes.loading import load_pass, with_passes
 from qdexport.pipeline.companions import CompanionStages
-from qdexport.pipeline.lower import lower_to_onnx, network_facts
+from qdexport.pipeline.lower import lower_to_onnx, model_io, network_facts
 from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, discard_calibration, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
 from qdexport.pipeline.search import FORMS_FILE, SEARCH_FILE, gpu_to_search_on, search_network
@@ -262,7 +261,7 @@ class Compilation:
 
     def build(self) -> None:
         """Compiles the ONNX file and writes ``engine/``, and the same for the networks beside the denoiser."""
-        folder, recipe = self.workspace.root / "engine", self.options.recipe
+        folder = self.workspace.root / "engine"
         capabilities, note = self._capabilities()
         inputs = {
             "onnx": tree_sha256(self.workspace.path("onnx").parent),
@@ -273,7 +272,7 @@ class Compilation:
         def work() -> list[Made]:
             build = BuildOptions(
                 target=self.options.target,
-                io=io_spec(self.model.loaded, recipe.shapes, self.model.body),
+                io=model_io(self.model),
                 compute_capabilities=capabilities,
             )
             made = engine_files(folder)

@@ -14,8 +14,11 @@ from qdexport.emit.onnx_file import OnnxFile, emit
 from qdexport.errors import RecipeError
 from qdexport.graph.runner import PassContext, PassReport, run_passes
 from qdexport.models.denoiser_io import io_spec
+from qdexport.models.schedules import timestep_rounding
 from qdexport.passes import default_passes
+from qdexport.passes.fold_time_embedding import time_columns
 from qdexport.passes.loading import with_passes
+from qdexport.pipeline.time_rows import has_fractional_steps, time_rows, timestep_bounds
 from qdexport.quant.attach import training_steps_of
 from qdexport.quant.softmax import SoftmaxQuantizer
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from qdexport.core.files import Owner
     from qdexport.core.forms import FormTable
+    from qdexport.core.io_spec import IoSpec
     from qdexport.core.target import Target
     from qdexport.graph.runner import GraphPass
     from qdexport.quant.attach import QuantizedModel
@@ -38,6 +42,7 @@ __all__ = [
     "check_target",
     "lower_network",
     "lower_to_onnx",
+    "model_io",
     "network_facts",
     "stores_int4_weight_only",
     "stores_int4_weights",
@@ -97,8 +102,9 @@ def capture_network(
         CaptureError: PyTorch cannot export the model.
     """
     check_target(model, target)
-    facts = network_facts(model, target)
-    graph = capture(model.denoiser, facts.io).model if captured is None else captured
+    io = model_io(model)
+    graph = capture(model.denoiser, io).model if captured is None else captured
+    facts = network_facts(model, target, time_columns(graph, io))
     context = PassContext(
         target=target,
         body=model.body,
@@ -106,6 +112,7 @@ def capture_network(
         layers=model.plans,
         timesteps=facts.time_table,
         training_steps=facts.training_steps,
+        timestep_rounding=facts.timestep_rounding,
         bos=None if model.bos is None else model.bos.embedding.numpy(),
         int4=stores_int4_weights(model, target),
         int4_weight_only=stores_int4_weight_only(model, target),
@@ -215,33 +222,27 @@ def stores_int4_weight_only(model: QuantizedModel, target: Target) -> bool:
     return target.opset >= INT4_OPSET and model.recipe.int4_storage == "auto"
 
 
-def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:
+def model_io(model: QuantizedModel) -> IoSpec:
+    """The exported network's inputs and output. Raises as :func:`io_spec`."""
+    fractions = model.recipe.time_embedding == "keep" or has_fractional_steps(model)
+    return io_spec(model.loaded, model.recipe.shapes, model.body, fractions=fractions)
+
+
+def network_facts(model: QuantizedModel, target: Target, columns: int | None = None) -> NetworkFacts:
     """What the network will say about itself.
+
+    Args:
+        model: of any recipe.
+        target: that it is lowered for.
+        columns: numbers in one row of the time table, where the graph is known; ``auto`` decides by them.
 
     Raises:
         RecipeError: the time table needs a schedule and the model has none.
     """
     recipe = model.recipe
     training_steps = training_steps_of(model.loaded)
-    io = io_spec(model.loaded, recipe.shapes, model.body)
+    io = model_io(model)
     fractions = any(spec.role == "timestep" and spec.dtype == "float32" for spec in io.inputs)
-    table: tuple[float, ...] | None
-    if recipe.time_embedding == "keep":
-        table = None
-    elif recipe.time_embedding == "all":
-        if fractions:
-            raise RecipeError(
-                "`time_embedding: all` has a row for every whole timestep, and this model's timesteps are fractions; "
-                "say `steps` (one row per timestep of the schedule) or `keep` (leave the time layers in)"
-            )
-        table = tuple(range(training_steps))
-    elif model.timesteps:
-        table = model.timesteps
-    else:
-        raise RecipeError(
-            "`time_embedding: steps` needs the timesteps of a schedule, and this model was quantized without one; "
-            "say `all` (one row per training timestep) or `keep` (leave the time layers in)"
-        )
     scheduler = model.loaded.scheduler
     return NetworkFacts(
         model=model.loaded.name,
@@ -251,7 +252,9 @@ def network_facts(model: QuantizedModel, target: Target) -> NetworkFacts:
         body=model.body,
         scheduler="" if scheduler is None else type(scheduler).__name__,
         training_steps=training_steps,
-        time_table=table,
+        timestep_bounds=timestep_bounds(model, fractions=fractions),
+        timestep_rounding=timestep_rounding(model.loaded.denoiser),
+        time_table=time_rows(model, columns, fractions=fractions),
         scale_rows=model.timesteps if model.rows > 1 else (),
         io=io,
     )

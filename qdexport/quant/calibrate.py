@@ -17,7 +17,7 @@ from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.reading import read_text, reading
 from qdexport.core.recipe import Calibration, Recipe, SoftmaxQuant
 from qdexport.core.spec import LayerPlan
-from qdexport.core.timesteps import nearest_row
+from qdexport.core.timesteps import distinct, nearest_row
 from qdexport.errors import ModelError, RecipeError
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import OnProgress, SampleRequest, prompts_for, sample, schedule
@@ -187,7 +187,7 @@ def schedule_timesteps(loaded: LoadedModel, calibration: Calibration) -> tuple[f
     Raises:
         ModelError: the model has no scheduler.
     """
-    return tuple(dict.fromkeys(schedule(loaded, calibration.steps)))
+    return distinct(schedule(loaded, calibration.steps))
 
 
 def calibration_prompts(loaded: LoadedModel, calibration: Calibration) -> list[str]:

@@ -48,7 +48,7 @@ class StepRows(nn.Module):
 
     Args:
         timesteps: the calibrated steps, one per row, in any order; fractions make the lookup a search.
-        training_steps: number of training timesteps of the scheduler.
+        training_steps: number of training timesteps of the scheduler; calibrated steps may lie outside (EDM).
         context: where the row is put.
         unit: what the denoiser's timestep is multiplied by to be the scheduler's (FLUX: 1000).
     """
@@ -63,12 +63,18 @@ class StepRows(nn.Module):
         self.timesteps = list(timesteps)
         self.context = context
         self.unit = unit
-        self.training_steps = training_steps
-        self.fractions = unit != 1.0 or any(not float(step).is_integer() for step in timesteps)
+        self.fractions = unit != 1.0 or any(
+            not float(step).is_integer() or not 0 <= step < training_steps for step in timesteps
+        )
+        # flow matching starts at the end of the range
+        last = training_steps if self.fractions else training_steps - 1
+        self.bounds = (min((0.0, *timesteps)), max((last, *timesteps)))
         if self.fractions:
             self.register_buffer("steps", torch.tensor(timesteps, dtype=torch.float32), persistent=False)
             return
-        distance = (torch.arange(training_steps)[:, None] - torch.tensor(timesteps)[None, :]).abs()
+        # a row more than there are timesteps: what lies outside reads the last one, in whose place a Gather of the
+        # exported network would count from the end, or stop
+        distance = (torch.arange(training_steps + 1)[:, None] - torch.tensor(timesteps)[None, :]).abs()
         self.register_buffer("row_of_timestep", distance.argmin(dim=1), persistent=False)
 
     def forward(self, timestep: Tensor) -> None:
@@ -82,17 +88,18 @@ class StepRows(nn.Module):
             flat = flat[:1]
         if self.fractions:
             flat = flat.float() * self.unit
-            self._check(flat, self.training_steps)  # flow matching starts at the end of the range
+            self._check(flat)
             self.context.row = (flat[:, None] - self.steps[None, :]).abs().argmin(dim=1)
             return
         index = (flat.round() if flat.is_floating_point() else flat).to(torch.int64)
-        self._check(index, self.training_steps - 1)
-        self.context.row = self.row_of_timestep[index]
+        self._check(index)
+        self.context.row = self.row_of_timestep[index.clamp(-1, len(self.row_of_timestep) - 1)]
 
-    def _check(self, timestep: Tensor, last: int) -> None:
-        if not torch.compiler.is_compiling() and bool(((timestep < 0) | (timestep > last)).any()):
+    def _check(self, timestep: Tensor) -> None:
+        low, high = self.bounds
+        if not torch.compiler.is_compiling() and bool(((timestep < low) | (timestep > high)).any()):
             raise ModelError(
-                f"timestep {timestep.tolist()} is outside the training range 0..{last}; "
+                f"timestep {timestep.tolist()} is outside the training range {low:g}..{high:g}; "
                 "use a scheduler with the model's own number of training steps"
             )
 

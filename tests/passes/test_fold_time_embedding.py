@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from qdexport.core.timesteps import TOLERANCE
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import LAYER_KEY
 from qdexport.graph.runner import PassReport
-from qdexport.passes.fold_time_embedding import FoldTimeEmbedding
+from qdexport.passes.fold_time_embedding import FoldTimeEmbedding, time_columns
 
 STEPS = (981, 500, 1, 0)
 CHANNELS = 6
 # the table, the network, and the guard of its output
-FOLDED = ["Gather", "Gather", "Split", "Reshape", "Reshape", "Add", "Mul", "Reshape", "Add"]
+FOLDED = ["Max", "Min", "Gather", "Gather", "Split", "Reshape", "Reshape", "Add", "Mul", "Reshape", "Add"]
 
 
 def constants_of(noise, dtype=np.float32):
@@ -87,9 +90,10 @@ def test_one_timestep_for_the_batch(graphs, noise):
     ran = graphs.run(unet(graphs, noise), FoldTimeEmbedding(), feeds, graphs.context_of(STEPS))
     assert ran.ops == FOLDED
     lookup, rows = ran.nodes("Gather")
-    assert lookup.inputs[1].name == "timestep"
+    assert lookup.inputs[1] is ran.nodes("Min")[0].outputs[0]
+    assert ran.nodes("Max")[0].inputs[0].name == "timestep"
     index = lookup.inputs[0].const_value.numpy()
-    assert index.shape == (1000,)
+    assert index.shape == (1001,)
     assert [index[step] for step in STEPS] == [0, 1, 2, 3]
     table = rows.inputs[0].const_value.numpy()
     assert table.shape == (len(STEPS) + 1, 2 * CHANNELS + 1)
@@ -102,10 +106,32 @@ def test_one_timestep_for_the_batch(graphs, noise):
 
 
 def test_a_timestep_without_a_row_can_not_pass_unnoticed(graphs, noise):
-    feeds = feeds_of(noise, steps=(2, 999))
+    """Neither one of the training, nor those before and behind it, which a Gather takes from the table's other end."""
+    feeds = feeds_of(noise, steps=(2, 999, -1, -2, -20, -1001, 1000, 1001, 5000))
     ran = graphs.run(unet(graphs, noise), FoldTimeEmbedding(), feeds, graphs.context_of(STEPS))
     assert all(np.isnan(item["y"]).all() for item in ran.after)
     assert all(np.isfinite(item["y"]).all() for item in ran.before)
+
+
+def test_every_timestep_is_its_own_row(graphs, noise):
+    steps = (*STEPS, 0, 999)
+    feeds = feeds_of(noise, steps=(*steps, -1, -999, 1000, 5000))
+    every = graphs.context_of(tuple(range(1000)))
+    ran = graphs.run(unet(graphs, noise), FoldTimeEmbedding(), feeds, every)
+    assert ran.ops == FOLDED[:2] + FOLDED[3:]  # one lookup less
+    for before, after in zip(ran.before[: len(steps)], ran.after, strict=False):
+        np.testing.assert_array_equal(after["y"], before["y"])
+    assert all(np.isnan(item["y"]).all() for item in ran.after[len(steps) :])
+
+
+@pytest.mark.parametrize("many", ["", '["time/Expand"] many = Expand(timestep, two)\n'])
+def test_columns_of_the_table_are_known_before(graphs, noise, many):
+    embedding = many + (EMBEDDING.replace("(timestep, ", "(many, ") if many else EMBEDDING)
+    model = unet(graphs, noise, embedding=embedding, **({"two": np.array([2])} if many else {}))
+    names = [node.op_type for node in model.graph]
+    assert time_columns(model, graphs.context_of().io) == 2 * CHANNELS
+    assert [node.op_type for node in model.graph] == names
+    assert time_columns(model, graphs.context_of(timestep_input=False).io) == 0
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -420,11 +446,15 @@ def fractional_feeds(noise, steps):
     return [{"x": x, "timestep": np.float32([step])} for step in steps]
 
 
+def flow(graphs, steps):
+    return replace(graphs.context_of(steps), timestep_rounding=TOLERANCE)
+
+
 def test_fractions_find_their_rows(graphs, noise):
     feeds = fractional_feeds(noise, FRACTIONS)
     ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(FRACTIONS))
     assert [node.op_type for node in ran.model.graph][:8] == [
-        "Sub", "Abs", "Sub", "ArgMin", "ReduceMin", "Greater", "Where", "Gather",
+        "Sub", "Abs", "Sub", "ArgMin", "ReduceMin", "LessOrEqual", "Where", "Gather",
     ]  # fmt: skip
     ran.assert_equal()
 
@@ -433,8 +463,9 @@ def test_fractions_rounded_by_a_pipeline_find_their_rows_and_others_do_not(graph
     rounded = [float(np.float16(step)) for step in FRACTIONS]
     assert rounded[1] != FRACTIONS[1]
     x = fractional_feeds(noise, [0])[0]["x"]
-    feeds = [{"x": x, "timestep": np.float32([step])} for step in (*FRACTIONS, *rounded, FRACTIONS[1] + 2, 0.0)]
-    ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(FRACTIONS))
+    others = (FRACTIONS[1] + 2, 0.0, -1.0, np.nan)
+    feeds = [{"x": x, "timestep": np.float32([step])} for step in (*FRACTIONS, *rounded, *others)]
+    ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, flow(graphs, FRACTIONS))
     for exact, near in zip(ran.after[:3], ran.after[3:6], strict=True):
         np.testing.assert_array_equal(near["y"], exact["y"])
     assert all(np.isnan(item["y"]).all() for item in ran.after[6:])
@@ -443,7 +474,31 @@ def test_fractions_rounded_by_a_pipeline_find_their_rows_and_others_do_not(graph
 def test_fractions_that_rounding_would_mix_up(graphs, noise):
     near = (1000.0, 998.5, 400.5)
     with pytest.raises(GraphPassError, match=r"timesteps 998.5 and 1000.0 are too near to be told apart"):
-        FoldTimeEmbedding().apply(with_fractions(unet(graphs, noise)), graphs.context_of(near), None)
+        FoldTimeEmbedding().apply(with_fractions(unet(graphs, noise)), flow(graphs, near), None)
+
+
+def test_whole_steps_and_fractions_in_one_table(graphs, noise):
+    """A scheduler whose steps are fractions has rows of its own beside those of every whole step."""
+    rows = (*(float(step) for step in range(1000)), 856.2857, 142.7143)
+    near = (856.2861, 142.7147, 41.001)  # as KDPM2 ancestral names a step the second time
+    steps = (856.2857, 142.7143, 41.0, 999.0, *near, 856.5, -1.0, 1000.0)
+    feeds = fractional_feeds(noise, steps)
+    ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(rows))
+    for before, after in zip(ran.before[:4], ran.after, strict=False):
+        np.testing.assert_array_equal(after["y"], before["y"])
+    for exact, again in zip(ran.after[:3], ran.after[4:7], strict=True):
+        np.testing.assert_array_equal(again["y"], exact["y"])
+    assert all(np.isnan(item["y"]).all() for item in ran.after[7:])
+
+
+def test_negative_steps_have_rows(graphs, noise):
+    """EDM's timesteps are logarithms of noise levels."""
+    steps = (1.0955, 0.3835, -0.3297, -1.5537)
+    feeds = fractional_feeds(noise, (*steps, 0.39, -1.0))
+    ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(steps))
+    for before, after in zip(ran.before[:4], ran.after, strict=False):
+        np.testing.assert_array_equal(after["y"], before["y"])
+    assert all(np.isnan(item["y"]).all() for item in ran.after[4:])
 
 
 def test_fractions_need_a_float_timestep(graphs, noise):

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from qdexport.cli.main import cli
+from qdexport.core.recipe import load_recipe
+from qdexport.models.load import loaded_from_denoiser
+from qdexport.models.synthetic import random_unet
 from qdexport.models.tiny import save_tiny_pipeline
+from qdexport.pipeline.quantize import plan_model
+from qdexport.quant.attach import quantize_model
+from qdexport.quant.plan import activation_keys
+from qdexport.quant.ranges import ActivationRanges
 
 # a pipeline with random weights: three steps and two images exercise every stage in seconds
 SMALL = (
@@ -37,3 +45,18 @@ def compiled(tmp_path_factory, tiny_folder):
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     return out
+
+
+@pytest.fixture
+def with_equal_ranges():
+    """Makes the fake-quant model of a tiny denoiser with random weights; all ranges are -1 to 1."""
+
+    def make(changes, timesteps, denoiser="tiny_sd"):
+        loaded = loaded_from_denoiser(random_unet(denoiser), name="tiny")
+        recipe = load_recipe("w8a8", {"shapes.tokens": 4, **changes})
+        plans = plan_model(loaded, recipe)
+        ends = {key: torch.ones(1) for plan in plans for key in activation_keys(plan)}
+        ranges = ActivationRanges(low={key: -end for key, end in ends.items()}, high=ends, timesteps=timesteps)
+        return quantize_model(loaded, plans, recipe, ranges)
+
+    return make

@@ -100,13 +100,7 @@ def test_a_zeroed_prompt_and_an_unknown_one(compiled):
     assert np.isnan(unknown[1]).all()
 
 
-def test_fractional_timesteps_have_no_table_of_all():
-    recipe = load_recipe("w8a8", {"time_embedding": "all", "shapes.tokens": 4})
-    loaded = loaded_from_denoiser(random_unet("tiny_sd3"), name="flow")
-    plans = plan_model(loaded, recipe)
-    keys = [key for plan in plans for key in activation_keys(plan)]
-    ends = {key: torch.ones(1) for key in keys}
-    ranges = ActivationRanges(low={key: -end for key, end in ends.items()}, high=ends, timesteps=(1000.0, 400.5))
-    model = quantize_model(loaded, plans, recipe, ranges)
+def test_fractional_timesteps_have_no_table_of_all(with_equal_ranges):
+    model = with_equal_ranges({"time_embedding": "all"}, (1000.0, 400.5), "tiny_sd3")
     with pytest.raises(RecipeError, match="`time_embedding: all` has a row for every whole timestep"):
         network_facts(model, TARGETS["tensorrt-rtx"])
