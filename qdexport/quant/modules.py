@@ -55,6 +55,8 @@ class StepRows(nn.Module):
 
     row_of_timestep: Tensor
     steps: Tensor
+    first: Tensor
+    last: Tensor
 
     def __init__(
         self, timesteps: Sequence[float], training_steps: int, context: StepContext, unit: float = 1.0
@@ -76,6 +78,8 @@ class StepRows(nn.Module):
         # exported network would count from the end, or stop
         distance = (torch.arange(training_steps + 1)[:, None] - torch.tensor(timesteps)[None, :]).abs()
         self.register_buffer("row_of_timestep", distance.argmin(dim=1), persistent=False)
+        self.register_buffer("first", torch.tensor([-1]), persistent=False)
+        self.register_buffer("last", torch.tensor([training_steps]), persistent=False)
 
     def forward(self, timestep: Tensor) -> None:
         """Selects the row of ``timestep`` (any numeric dtype, scalar, ``[1]`` or ``[N]``).
@@ -93,7 +97,8 @@ class StepRows(nn.Module):
             return
         index = (flat.round() if flat.is_floating_point() else flat).to(torch.int64)
         self._check(index)
-        self.context.row = self.row_of_timestep[index.clamp(-1, len(self.row_of_timestep) - 1)]
+        # as two operators: the ONNX parser of TensorRT takes no Clip of integers
+        self.context.row = self.row_of_timestep[torch.minimum(torch.maximum(index, self.first), self.last)]
 
     def _check(self, timestep: Tensor) -> None:
         low, high = self.bounds

@@ -38,10 +38,11 @@ def qdexport():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory, tiny_folder):
-    """An output folder of a whole compilation for TensorRT-RTX, per-step scales."""
+    """An output folder of a whole compilation for TensorRT-RTX, per-step scales, a row of time for each of its steps."""
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path_factory.mktemp("compiled") / "out"
-    arguments = ["compile", str(tiny_folder), "--recipe", "w8a8-timestep", "--out", str(out), "--json", *SMALL]
+    steps = ("--set", "time_embedding=steps")
+    arguments = ["compile", str(tiny_folder), "--recipe", "w8a8-timestep", "--out", str(out), "--json", *SMALL, *steps]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     return out
