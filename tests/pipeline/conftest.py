@@ -38,7 +38,7 @@ def qdexport():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory, tiny_folder):
-    """An output folder of a whole compilation for TensorRT-RTX, per-step scales, a row of time for each of its steps."""
+    """An output folder of a whole compilation for TensorRT-RTX; rows of scales and of time for its steps alone."""
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path_factory.mktemp("compiled") / "out"
     steps = ("--set", "time_embedding=steps")
