@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from qdexport.models.denoiser import call_denoiser
 
-__all__ = ["exact_call", "exact_predictions", "in_float32"]
+__all__ = ["exact_call", "exact_predictions", "in_float32", "widened_while_running"]
 
 
 def exact_predictions(
@@ -61,11 +61,7 @@ def in_float32(denoiser: nn.Module) -> Iterator[None]:
     for module in denoiser.modules():
         halves = [item for item in module.parameters(recurse=False) if item.dtype == torch.float16]
         if halves:
-            kept: list[Tensor] = []
-            hooks.append(module.register_forward_pre_hook(partial(_widen_weights, halves, kept)))
-            hooks.append(
-                module.register_forward_hook(partial(_restore_weights, halves, kept), always_call=True)
-            )
+            hooks += widened_while_running(module, halves, torch.float32)
     try:
         with _NoHalf():
             yield
@@ -74,15 +70,27 @@ def in_float32(denoiser: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _widen_weights(halves: list[nn.Parameter], kept: list[Tensor], module: Any, args: Any) -> None:
+def widened_while_running(module: nn.Module, parameters: list[nn.Parameter], dtype: torch.dtype) -> list[Any]:
+    """Hooks that give parameters of a module another type while it runs; remove them in the end."""
+    kept: list[Tensor] = []
+    return [
+        module.register_forward_pre_hook(partial(_widen_weights, parameters, kept, dtype)),
+        module.register_forward_hook(partial(_restore_weights, parameters, kept), always_call=True),
+    ]
+
+
+def _widen_weights(
+    parameters: list[nn.Parameter], kept: list[Tensor], dtype: torch.dtype, module: Any, args: Any
+) -> None:
     del module, args
-    kept.extend(parameter.data for parameter in halves)
-    for parameter in halves:
-        parameter.data = parameter.data.float()
+    kept.extend(parameter.data for parameter in parameters)
+    with _disable_current_modes():
+        for parameter in parameters:
+            parameter.data = parameter.data.to(dtype)
 
 
-def _restore_weights(halves: list[nn.Parameter], kept: list[Tensor], *_: Any) -> None:
-    for parameter, data in zip(halves, kept, strict=True):
+def _restore_weights(parameters: list[nn.Parameter], kept: list[Tensor], *_: Any) -> None:
+    for parameter, data in zip(parameters, kept, strict=True):
         parameter.data = data
     kept.clear()
 

@@ -13,6 +13,7 @@ from qdexport.core.spec import NVFP4_BLOCK, QuantSpec
 from qdexport.graph.dialect import LOG2_ZERO
 
 __all__ = [
+    "SQRT_HALF",
     "block_scales",
     "dequantize",
     "e2m1_bits",
@@ -35,7 +36,7 @@ _UNIT_RANGE = 1.0
 _E4M3_MAX = 448.0
 _E2M1_MAX = 6.0
 # of FP32: the bound between two codes of the logarithmic quantizer; a number, since tracing has no place for a tensor
-_SQRT_HALF = float(torch.tensor(0.5).sqrt())
+SQRT_HALF = float(torch.tensor(0.5).sqrt())
 
 
 def parameters_from_range(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -174,7 +175,7 @@ def log2_codes(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
     1/2.
     """
     mantissa, exponent = torch.frexp(x.float() / scale)
-    codes = torch.where(mantissa < _SQRT_HALF, 1 - exponent, -exponent).clamp_(0, qmax)
+    codes = torch.where(mantissa < SQRT_HALF, 1 - exponent, -exponent).clamp_(0, qmax)
     return torch.where(mantissa > 0, codes, qmax).float()
 
 
@@ -188,5 +189,5 @@ def log2_fake_quantize(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
 
 def log2_inside(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
     """Where :func:`log2_fake_quantize` follows ``x``: neither 0, nor clipped at code 0."""
-    clipped = x.float() / scale >= 2 * _SQRT_HALF
+    clipped = x.float() / scale >= 2 * SQRT_HALF
     return (log2_codes(x, scale, qmax) < min(qmax, LOG2_ZERO)) & ~clipped

@@ -16,7 +16,7 @@ from qdexport.quant.affine import (
     weight_scale_like,
 )
 
-__all__ = ["NO_AXIS", "fake_quantize"]
+__all__ = ["NO_AXIS", "fake_quantize", "parameters_like"]
 
 NO_AXIS = -1  # the quantizer has one scale per tensor
 
@@ -55,7 +55,7 @@ def fake_quantize(  # noqa: PLR0913  an operator has no dataclass
     """
     if form == "nvfp4":
         return nvfp4_fake_quantize(x, scale)
-    s, z = _broadcast(x, scale, zero_point, row, axis)
+    s, z = parameters_like(x, scale, zero_point, row, axis)
     if mode is None:
         return fake_quantize_reference(x, s, z, qmin, qmax, form)
     logarithmic = _logarithmic(x, mode, row)
@@ -86,7 +86,9 @@ def _logarithmic(x: Tensor, mode: Tensor, row: Tensor | None) -> Tensor:
     return (chosen == 1).reshape([-1] + [1] * (x.dim() - 1))
 
 
-def _broadcast(x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
+def parameters_like(
+    x: Tensor, scale: Tensor, zero_point: Tensor, row: Tensor | None, axis: int = NO_AXIS
+) -> tuple[Tensor, Tensor]:
     """Parameters of the selected rows, in a shape that broadcasts against ``x``."""
     if scale.dim() == 3:
         return weight_scale_like(scale, x), weight_scale_like(zero_point, x)
@@ -115,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     qmin, qmax, axis = ctx.range_and_axis
     if ctx.form == "nvfp4":  # block scales follow the values: nothing is clipped, and no scale is learned
         return grad.float().to(x.dtype), None, None, None, None, None, None, None, None
-    s, z = _broadcast(x, scale, zero_point, row, axis)
+    s, z = parameters_like(x, scale, zero_point, row, axis)
     ratio = x.float() / s
     nearest = e4m3_round(ratio) if ctx.form == "fp8" else ratio.round()
     code = ratio if ctx.form == "fp8" else nearest + z

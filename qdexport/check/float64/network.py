@@ -1,0 +1,305 @@
+"""The ONNX file and the fake-quant model side by side in float64, tensor by tensor.
+
+In float64 nothing but codes is rounded, so that two right implementations agree to some 140 dB: what constants lose that
+are rounded to FP32 once. To keep a code at a tie from falling the other way for that much, each stretch between two
+quantizers reads what PyTorch read: when PyTorch reaches a layer, the file's tensor in front of the layer's quantizer is
+compared with PyTorch's and then replaced by it, and likewise the layer's output. Codes are so equal, without exception, and
+each difference is where it arises: in a layer, or between two of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qdexport.check.float64.alone import Pairing, onnx_sources
+from qdexport.check.float64.compare import Distance, distance, fingerprint
+from qdexport.check.float64.graph import Float64Graph
+from qdexport.check.float64.model import activation_codes, call_in_float64, float64_inputs
+from qdexport.core.carrier import carrier_offset
+from qdexport.core.io_spec import IoSpec
+from qdexport.core.layer_names import layers_of
+from qdexport.core.spec import LayerPlan
+from qdexport.emit.inspect import load_onnx
+from qdexport.graph.probe import LayerProbe, Probe, find_probes, find_softmax_probes
+from qdexport.graph.query import scaled_for, sequence_first
+from qdexport.quant.attach import QuantizedModel
+from qdexport.quant.modules import ActivationQuantizer, quantizer_pairs
+from qdexport.quant.softmax import SoftmaxQuantizer
+
+__all__ = ["Difference", "Float64Network", "Seen", "Tolerances", "stored_codes"]
+
+_LARGE: Final = frozenset({"sample", "text", "text_pooled", "residual"})
+_OUTPUT: Final = "the prediction"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerances:
+    """The largest distance of an element (:func:`qdexport.check.float64.compare.distance`) that is no difference.
+
+    Attributes:
+        tensor: of any tensor.
+        timestep: of what depends on the timestep alone.
+        rounded: of constants that were rounded to the type of the body once.
+    """
+
+    tensor: float
+    timestep: float
+    rounded: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Two tensors that should be equal and are not.
+
+    Attributes:
+        place: a layer, or ``the prediction``.
+        what: ``input``, ``codes`` or ``output``.
+        found: how far they are apart; of codes, their share that differs is ``found.worst``.
+        suspects: the modules whose operators lie between this tensor and the last ones that were equal.
+    """
+
+    place: str
+    what: str
+    found: Distance
+    suspects: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one call or several showed.
+
+    Attributes:
+        tensors: how many were compared.
+        least_db: the worst of them.
+        worst: the largest distance of an element.
+        where: the tensor of ``worst``.
+        differences: what is beyond the tolerance, in the order of execution.
+    """
+
+    tensors: int = 0
+    least_db: float = float("inf")
+    worst: float = 0.0
+    where: str = ""
+    differences: list[Difference] = field(default_factory=list)
+
+
+class Float64Network:
+    """Compares denoiser calls.
+
+    Args:
+        model: the fake-quant model.
+        onnx_path: the emitted file.
+        io: its inputs.
+        tolerances: what is no difference.
+
+    Raises:
+        ParityError: a layer is not quantized in the file.
+        ModelError: there is no such file.
+    """
+
+    def __init__(self, model: QuantizedModel, onnx_path: Path, io: IoSpec, tolerances: Tolerances) -> None:
+        self._model, self.tolerances = model, tolerances
+        self.graph = load_onnx(onnx_path)
+        self._plans = [plan for plan in model.plans if plan.quantizes_weight]
+        parts = [part for plan in self._plans for part in plan.parts]
+        alone = frozenset(plan.name for plan in self._plans if plan.weight_only)
+        self.layers: dict[str, LayerProbe] = find_probes(self.graph, parts, alone)
+        self._softmax = {
+            name: module for name, module in model.denoiser.named_modules() if isinstance(module, SoftmaxQuantizer)
+        }
+        self.probes: dict[str, Probe] = {**self.layers, **find_softmax_probes(self.graph, list(self._softmax))}
+        self._carried = _carried(self.layers, model.denoiser)
+        self.run = Float64Graph(self.graph, self._kept())
+        self._sources = onnx_sources(self.graph)
+        self._large = {spec.name for spec in io.inputs if spec.role in _LARGE}
+        self.pairings: list[Pairing] = []
+        self._equal: dict[ir.Value, Any] = {}
+        self._done: set[str] = set()
+        self.seen = Seen()
+
+    def _kept(self) -> Iterator[ir.Value]:
+        for probe in self.probes.values():
+            yield probe.x
+            yield probe.y
+            if probe.codes is not None:
+                yield probe.codes
+
+    def call(self, inputs: Mapping[str, Tensor]) -> None:
+        """Compares one call, whose inputs have the types and sizes of the file's.
+
+        Raises:
+            ParityError: an operator of the file cannot be executed.
+        """
+        self._equal, self._done = {}, set()
+        self.run.start(float64_inputs(inputs))
+        for pairing in self.pairings:
+            self._force_conditions(pairing, inputs)
+        with self._watched():
+            prediction = call_in_float64(self._model.denoiser, inputs)
+        for output in self.run.outputs[:1]:
+            self._compare(_OUTPUT, "output", output, prediction)
+        self.run.start({})
+
+    def _force_conditions(self, pairing: Pairing, inputs: Mapping[str, Tensor]) -> None:
+        """Lets the file read what PyTorch makes of the timestep: what they may differ by is compared apart."""
+        wide = float64_inputs(inputs)
+        leaves = pairing.condition.values({name: wide[name] for name in pairing.condition.names})
+        for value, fit in pairing.expected(leaves):
+            found = self.run.value(value)
+            expected = fit(found)
+            reader = next(((use.node.name or "").rpartition("/")[0] for use in value.uses()), "")
+            self._note(reader, "condition", distance(expected, found), value, self.tolerances.timestep)
+            self.run.force(value, expected)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Hands the tensors of every planned layer over while the denoiser runs."""
+        hooks = []
+        for plan in self._plans:
+            layer = self._model.denoiser.get_submodule(plan.name)
+            hooks.append(layer.register_forward_hook(partial(self._take_layer, plan)))
+        for name, quantizer in self._softmax.items():
+            hooks.append(quantizer.register_forward_hook(partial(self._take_softmax, name)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_layer(self, plan: LayerPlan, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if plan.name in self._done:
+            return  # the graph has a layer once, although a network may call it twice on one input (DiT)
+        self._done.add(plan.name)
+        whole = not plan.splits and not plan.bos
+        kernels = None if whole else layer.kernels()
+        for index, operand in enumerate(layer.operands(args[0])):
+            product = y if kernels is None else layer.product(index, operand, kernels[index])
+            with _disable_current_modes():
+                x = operand.to(torch.float64)
+                self._layer(plan.parts[index], quantizer_pairs(layer)[index][0], x, product)
+
+    def _take_softmax(self, name: str, quantizer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if name in self._done:
+            return
+        self._done.add(name)
+        with _disable_current_modes():
+            probe = self.probes[name]
+            self._compare(name, "input", probe.x, args[0])
+            self._compare(name, "output", probe.y, y)
+
+    def _layer(self, name: str, quantizer: ActivationQuantizer | None, x: Tensor, y: Tensor) -> None:
+        probe = self.layers[name]
+        self._compare(name, "input", probe.x, self.laid_out(name, x, carried=False))
+        if quantizer is not None and probe.codes is not None:
+            codes = stored_codes(quantizer, x, probe.pads)
+            self._compare_codes(name, probe.codes, self.laid_out(name, codes, carried=False))
+        self._compare(name, "output", probe.y, self.laid_out(name, y))
+
+    def laid_out(self, name: str, tensor: Tensor, *, carried: bool = True) -> Tensor:
+        """A tensor of PyTorch's as the file has it: tokens first, and with the ``1 / r`` that the output carries."""
+        probe = self.layers[name]
+        for first, inverse in self._carried.get(name, ()) if carried else ():
+            tensor = tensor.clone()
+            channels = tensor if probe.node.op_type != "Conv" else tensor.movedim(1, -1)
+            channels[..., first : first + len(inverse)] *= inverse
+        return tensor.swapaxes(0, 1) if sequence_first(probe.node) else tensor
+
+    def timestep(self, step: float) -> Tensor:
+        """A timestep as the file reads it."""
+        value = next((item for item in self.graph.graph.inputs if item.name == "timestep"), None)
+        floating = value is not None and value.dtype == ir.DataType.FLOAT
+        return torch.tensor([step], dtype=torch.float32 if floating else torch.int64)
+
+    def _known(self, name: str, what: str, value: ir.Value, tensor: Tensor) -> bool:
+        """Whether a value was compared before in this call: then the other layer must have read the same."""
+        mark = fingerprint(tensor)
+        if value not in self._equal:
+            self._equal[value] = mark
+            return False
+        self.run.release(value)
+        if self._equal[value] != mark:
+            self.seen.differences.append(Difference(place=name, what=what, found=Distance(0.0, 1.0)))
+        return True
+
+    def _compare(self, name: str, what: str, value: ir.Value, tensor: Tensor) -> None:
+        if self._known(name, what, value, tensor):
+            return
+        found = distance(tensor, self.run.value(value))
+        early = not self._sources.get(value, frozenset()) & self._large
+        self._note(name, what, found, value, self.tolerances.timestep if early else self.tolerances.tensor)
+        self.run.force(value, tensor.to(torch.float64))
+        self.run.release(value)
+
+    def _compare_codes(self, name: str, value: ir.Value, codes: Tensor) -> None:
+        if self._known(name, "codes", value, codes):
+            return
+        stored = self.run.value(value)
+        share = 1.0 if stored.shape != codes.shape else float((stored != codes).double().mean())
+        self._note(name, "codes", Distance(float("inf") if share == 0 else 0.0, share), value, 0.0)
+        self.run.force(value, codes)
+        self.run.release(value)
+
+    def _note(self, name: str, what: str, found: Distance, value: ir.Value, tolerance: float) -> None:
+        seen = self.seen
+        seen.tensors += 1
+        seen.least_db = min(seen.least_db, found.sqnr_db)
+        if found.worst > seen.worst:
+            seen.worst, seen.where = found.worst, f"{name} ({what})"
+        if not found.worst <= tolerance:
+            suspects = self._suspects(value) if what != "codes" else ()
+            seen.differences.append(Difference(place=name, what=what, found=found, suspects=suspects))
+
+    def _suspects(self, value: ir.Value) -> tuple[str, ...]:
+        """Modules between a tensor and those that were compared before it, in the graph's order."""
+        modules: dict[str, None] = {}
+        stack, known = [value], set[ir.Value]()
+        while stack:
+            item = stack.pop()
+            node = item.producer()
+            if item in known or node is None:
+                continue
+            known.add(item)
+            if item is not value and item in self._equal:
+                continue
+            for layer in reversed(layers_of((node.name or "").rpartition("/")[0])):
+                modules.setdefault(layer)
+            stack.extend(source for source in node.inputs if source is not None)
+        return tuple(reversed(modules))
+
+
+def stored_codes(quantizer: ActivationQuantizer, x: Tensor, pads: Sequence[int]) -> Tensor:
+    """The codes as the ONNX file should have them: behind its padding, and less the offset of the carrier."""
+    spec = quantizer.spec
+    if pads:
+        half = len(pads) // 2
+        # torch counts from the last dimension
+        x = nn.functional.pad(x, [width for axis in reversed(range(half)) for width in (pads[axis], pads[half + axis])])
+    codes = activation_codes(quantizer, x)
+    if spec.format != "int":
+        return codes
+    offset = carrier_offset(spec.qmin, spec.qmax, quantizer.zero_point.numpy())
+    if offset is not None:
+        return codes - offset
+    row = None if quantizer.scale.shape[0] == 1 or quantizer.context is None else quantizer.context.row
+    zero = quantizer.zero_point[:1] if row is None else quantizer.zero_point[row]
+    return codes - zero.reshape([-1] + [1] * (x.dim() - 1))
+
+
+def _carried(layers: Mapping[str, LayerProbe], denoiser: nn.Module) -> dict[str, list[tuple[int, Tensor]]]:
+    """Which layers' outputs carry the ``1 / r`` of another layer in the file (pass fold-reparam)."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, probe in layers.items():
+        for scaled, first in scaled_for(probe.node):
+            layer: Any = denoiser.get_submodule(scaled)
+            found.setdefault(name, []).append((first, layer.channel_scale.inverse.flatten()))
+    return found
