@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Final
 
-from qdexport.core.results import EndToEnd, LayerParity, Parity, ShapeParity
+from qdexport.core.results import EndToEnd, Float64Parity, LayerParity, Parity, ShapeParity
 
 __all__ = [
     "FLIP_LIMIT",
     "FLOOR_MARGIN_DB",
     "LAYER_SQNR_DB",
     "engine_problems",
+    "float64_problems",
     "judge",
     "layer_problems",
     "shape_problems",
@@ -26,6 +27,7 @@ FLOOR_MARGIN_DB: Final = 1.0
 # ONNX Runtime's answers are rounded as the engine's are: two errors of equal size are 3 dB
 _TWO_ERRORS_DB: Final = 3.0
 _NAMED: Final = 3
+_SHOWN: Final = 6
 # One call flips other codes than one draw of its noise floor, and a single flip costs tens of decibels where that is
 # high; a size that is wrong somewhere leaves two unrelated outputs, which is 0 dB and less. Half the call's floor (in
 # decibels), at most 20 dB, lies between.
@@ -33,32 +35,36 @@ _SHAPE_DB: Final = 20.0
 
 
 def judge(
-    layers: Sequence[LayerParity], whole: EndToEnd, body: str, reference: str, shapes: Sequence[ShapeParity] = ()
+    layers: Sequence[LayerParity],
+    whole: EndToEnd,
+    body: str,
+    reference: str,
+    shapes: Sequence[ShapeParity] = (),
+    float64: Float64Parity | None = None,
 ) -> Parity:
     """Holds measurements against the thresholds.
 
     Args:
         layers: one entry per quantized layer.
-        whole: the whole network beside its noise floor.
+        whole: the whole network beside its noise floor; information, which decides nothing.
         body: ``fp32`` or ``fp16``.
         reference: who computed the other side.
         shapes: the ends of the optimization profiles of a network with dynamic dimensions.
+        float64: tables, constants and whole calls without any rounding.
 
     Returns:
         The parity record; a failure's reasons name the worst layers.
     """
     reasons = layer_problems(layers, body)
-    if not whole.sqnr_db >= whole.noise_floor_db - FLOOR_MARGIN_DB:
-        reasons.append(
-            f"end to end {whole.sqnr_db:.1f} dB, more than {FLOOR_MARGIN_DB:g} dB below the noise floor of "
-            f"{whole.noise_floor_db:.1f} dB"
-        )
+    if float64 is not None:
+        reasons += float64_problems(float64)
     for shape in shapes:
         reasons += shape_problems(shape)
     return Parity(
         reference=reference,
         layers=list(layers),
         end_to_end=whole,
+        float64=float64,
         shapes=list(shapes),
         verdict="fail" if reasons else "pass",
         reasons=reasons,
@@ -79,6 +85,13 @@ def layer_problems(layers: Sequence[LayerParity], body: str) -> list[str]:
         *_worst(flips, f"more than {FLIP_LIMIT:g} of the activation codes differ", "code_flip_rate"),
         *_worst(noisy, f"the output is below {least:g} dB", "sqnr_db"),
     ]
+
+
+def float64_problems(found: Float64Parity) -> list[str]:
+    """What differs in float64, the first places in the order of execution; what follows from them is counted."""
+    shown = found.problems[:_SHOWN]
+    more = len(found.problems) - len(shown)
+    return [*shown, *([f"and {more} more differences in float64"] if more else [])]
 
 
 def shape_problems(shape: ShapeParity) -> list[str]:

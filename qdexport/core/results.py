@@ -23,6 +23,7 @@ __all__ = [
     "Coverage",
     "EndToEnd",
     "EngineFacts",
+    "Float64Parity",
     "KernelFact",
     "LayerParity",
     "Manifest",
@@ -256,12 +257,24 @@ class ShapeParity(_Record):
     problems: list[str] = Field(default_factory=list)
 
 
+class Float64Parity(_Record):
+    """File and fake-quant model in float64, where nothing but codes is rounded; ``rows`` counts by kind of table."""
+
+    calls: int
+    tensors: int
+    sqnr_db: Decibel
+    rows: dict[str, int] = Field(default_factory=dict)
+    problems: list[str] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+
 class Parity(_Record):
     """Compiler parity (tier 2); ``shapes`` is empty for fixed shapes, ``quick`` says that less was checked."""
 
     reference: str
     layers: list[LayerParity]
     end_to_end: EndToEnd
+    float64: Float64Parity | None = None
     shapes: list[ShapeParity] = Field(default_factory=list)
     quick: bool = False
     verdict: Literal["pass", "fail"]

@@ -12,6 +12,7 @@ from qdexport.build.storage import engine_weight_types, storage_mismatches
 from qdexport.build.sums import half_precision_sums
 from qdexport.check.calls import check_calls
 from qdexport.check.engine_parity import write_golden
+from qdexport.check.float64.parity import float64_parity
 from qdexport.check.parity import layer_parity
 from qdexport.check.quality import compare_quality
 from qdexport.check.session import REFERENCE
@@ -69,11 +70,13 @@ def validate(
     calls = check_calls(model, facts.io, validation.parity_steps, validation.seed)
     with _counted(progress, "parity, layer by layer") as advance:
         layers = layer_parity(model, onnx_path, facts.io, calls, advance)
+    with _counted(progress, "tables and tensors in float64") as advance:
+        float64 = float64_parity(model, onnx_path, facts, calls, advance)
     with _counted(progress, "whole network and noise floor") as advance:
         whole = whole_network(model, onnx_path, facts.io, advance)
     with _counted(progress, "parity at every shape") as advance:
         shapes, at_shapes = shape_parity(model, onnx_path, facts.io, calls, advance)
-    report.parity = judge(layers, whole, model.body, REFERENCE, shapes)
+    report.parity = judge(layers, whole, model.body, REFERENCE, shapes, float64)
     report.parity.quick = quick
 
     golden = workspace.root / "golden"

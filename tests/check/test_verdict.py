@@ -5,7 +5,7 @@ import math
 import pytest
 
 from qdexport.check.verdict import engine_problems, judge
-from qdexport.core.results import EndToEnd, LayerParity, Parity
+from qdexport.core.results import EndToEnd, Float64Parity, LayerParity, Parity
 
 GOOD_WHOLE = EndToEnd(sqnr_db=40.0, noise_floor_db=40.9)
 
@@ -51,11 +51,20 @@ def test_the_worst_three_are_named_first() -> None:
     ]
 
 
-def test_more_than_one_decibel_below_the_floor_fails() -> None:
-    parity = judged(layer("a"), whole=EndToEnd(sqnr_db=39.8, noise_floor_db=40.9))
-    assert parity.reasons == ["end to end 39.8 dB, more than 1 dB below the noise floor of 40.9 dB"]
-    nothing = judged(layer("a"), whole=EndToEnd(sqnr_db=math.nan, noise_floor_db=40.0))
-    assert nothing.verdict == "fail"
+def test_the_noise_floor_decides_nothing() -> None:
+    """A code that flips by chance costs one call tens of decibels, and its noise floor none."""
+    assert judged(layer("a"), whole=EndToEnd(sqnr_db=20.0, noise_floor_db=120.0)).verdict == "pass"
+
+
+def test_what_differs_in_float64_fails_and_the_first_places_are_named() -> None:
+    problems = [f"place {index} differs" for index in range(8)]
+    found = Float64Parity(calls=1, tensors=9, sqnr_db=40.0, problems=problems)
+    parity = judge([layer("a")], GOOD_WHOLE, "fp32", "reference", float64=found)
+    assert parity.reasons == [*problems[:6], "and 2 more differences in float64"]
+    assert parity.verdict == "fail"
+    assert parity.float64 == found
+    right = Float64Parity(calls=1, tensors=9, sqnr_db=150.0)
+    assert judge([layer("a")], GOOD_WHOLE, "fp32", "reference", float64=right).verdict == "pass"
 
 
 def test_nothing_compared_is_no_pass() -> None:

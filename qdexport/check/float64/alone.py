@@ -1,7 +1,8 @@
 """What a network makes of one condition alone (of the timestep, of a class label), in PyTorch and in the ONNX file.
 
-Such values are tables in the file, or small enough to be computed for every timestep and every class. PyTorch's operators
-that read nothing else are noted once while the denoiser runs, and repeated for any other value of the condition.
+Such values are tables in the file, or small enough to be computed for every timestep and every class. PyTorch's
+operators that read nothing else are noted once while the denoiser runs, and repeated for any other value of the
+condition.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Condition:
         needed = {id(leaf) for leaf in self.leaves}
         kept = []
         for entry in reversed(self.tape):
-            func, args, kwargs, outputs = entry
+            _, args, kwargs, outputs = entry
             if any(id(item) in needed for item in outputs):
                 needed.update(id(item) for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor))
                 kept.append(entry)
@@ -87,7 +88,7 @@ def record(denoiser: nn.Module, inputs: Mapping[str, Tensor], conditions: Sequen
     return found
 
 
-class _Sources(Float64):
+class _Sources(Float64):  # type: ignore[no-untyped-call]  # torch leaves it untyped
     """Notes which inputs every tensor depends on."""
 
     def __init__(self, inputs: Mapping[str, Tensor], conditions: Sequence[Condition]) -> None:
@@ -132,8 +133,8 @@ def onnx_sources(model: ir.Model) -> dict[ir.Value, frozenset[str]]:
 def _frontier(model: ir.Model, sources: Mapping[ir.Value, frozenset[str]], names: frozenset[str]) -> list[ir.Value]:
     """Floating-point values that depend on some inputs alone and are read beside others.
 
-    Rows of quantizers are not among them, nor what is computed behind a quantizer, whose codes may fall either way: there,
-    layers are compared on equal inputs.
+    Rows of quantizers are not among them, nor what is computed behind a quantizer, whose codes may fall either way:
+    there, layers are compared on equal inputs.
     """
     found: dict[ir.Value, None] = {}
     left_out = _behind_tables(model) | _behind_quantizers(model)
@@ -220,7 +221,7 @@ def fitted_rows(leaf: Tensor, factor: Tensor | None, like: Tensor) -> Tensor:
     return _fit(item, factor, like) if item.numel() == like.numel() else item
 
 
-def pair(  # noqa: PLR0913  both sides, what may be multiplied, and where they are tried
+def pair(
     run: Float64Graph,
     model: ir.Model,
     condition: Condition,

@@ -117,8 +117,8 @@ class Float64Graph:
 
 
 def attention_scales(model: ir.Model) -> Iterator[tuple[ir.Node, float, float, list[ir.Value]]]:
-    """For every product of queries and keys the factor that PyTorch takes by default (``1 / sqrt(D)``), the one that the
-    file multiplies by, and its constants.
+    """For every product of queries and keys the factor that PyTorch takes by default (``1 / sqrt(D)``), the one that
+    the file multiplies by, and its constants.
     """
     for node in model.graph:
         if node.op_type != "MatMul":

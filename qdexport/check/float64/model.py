@@ -30,8 +30,9 @@ _COPY: Final = torch.ops.aten._to_copy.default
 class Float64(TorchDispatchMode):
     """Inside, what meets a float64 tensor is computed in float64, and a conversion to a narrower type does nothing.
 
-    What is made of constants and whole numbers alone keeps its type, since FP32 is part of what the network means there:
-    frequencies of a time embedding, for instance. Weights are widened operator by operator; no copy of the model is made.
+    What is made of constants and whole numbers alone keeps its type, since FP32 is part of what the network means
+    there: frequencies of a time embedding, for instance. Weights are widened operator by operator; no copy of the
+    model is made.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
 """The ONNX file and the fake-quant model side by side in float64, tensor by tensor.
 
-In float64 nothing but codes is rounded, so that two right implementations agree to some 140 dB: what constants lose that
-are rounded to FP32 once. To keep a code at a tie from falling the other way for that much, each stretch between two
-quantizers reads what PyTorch read: when PyTorch reaches a layer, the file's tensor in front of the layer's quantizer is
-compared with PyTorch's and then replaced by it, and likewise the layer's output. Codes are so equal, without exception, and
-each difference is where it arises: in a layer, or between two of them.
+In float64 nothing but codes is rounded, so that two right implementations agree to some 140 dB: what constants lose
+that are rounded to FP32 once. To keep a code at a tie from falling the other way for that much, each stretch between
+two quantizers reads what PyTorch read: when PyTorch reaches a layer, the file's tensor in front of the layer's
+quantizer is compared with PyTorch's and then replaced by it, and likewise the layer's output. Codes are so equal,
+without exception, and each difference is where it arises: in a layer, or between two of them.
 """
 
 from __future__ import annotations
@@ -48,12 +48,14 @@ class Tolerances:
 
     Attributes:
         tensor: of any tensor.
-        timestep: of what depends on the timestep alone.
+        timestep: of a row of the time table.
+        early: of what no picture and no text has entered yet, but sines of the timestep and other numbers.
         rounded: of constants that were rounded to the type of the body once.
     """
 
     tensor: float
     timestep: float
+    early: float
     rounded: float
 
 
@@ -63,7 +65,8 @@ class Difference:
 
     Attributes:
         place: a layer, or ``the prediction``.
-        what: ``input``, ``codes`` or ``output``.
+        what: ``input``, ``codes``, ``output``; ``condition`` for what is made of the timestep or another number alone,
+            ``shared`` for a tensor that the file gives to two layers and PyTorch does not.
         found: how far they are apart; of codes, their share that differs is ``found.worst``.
         suspects: the modules whose operators lie between this tensor and the last ones that were equal.
     """
@@ -80,7 +83,7 @@ class Seen:
 
     Attributes:
         tensors: how many were compared.
-        least_db: the worst of them.
+        least_db: the worst of them, but for those that are made of the timestep or other numbers alone.
         worst: the largest distance of an element.
         where: the tensor of ``worst``.
         differences: what is beyond the tolerance, in the order of execution.
@@ -158,7 +161,7 @@ class Float64Network:
             found = self.run.value(value)
             expected = fit(found)
             reader = next(((use.node.name or "").rpartition("/")[0] for use in value.uses()), "")
-            self._note(reader, "condition", distance(expected, found), value, self.tolerances.timestep)
+            self._note(reader, "condition", distance(expected, found), value, self.tolerances.early)
             self.run.force(value, expected)
 
     @contextlib.contextmanager
@@ -228,7 +231,7 @@ class Float64Network:
             return False
         self.run.release(value)
         if self._equal[value] != mark:
-            self.seen.differences.append(Difference(place=name, what=what, found=Distance(0.0, 1.0)))
+            self.seen.differences.append(Difference(place=name, what="shared", found=Distance(0.0, 1.0)))
         return True
 
     def _compare(self, name: str, what: str, value: ir.Value, tensor: Tensor) -> None:
@@ -236,7 +239,7 @@ class Float64Network:
             return
         found = distance(tensor, self.run.value(value))
         early = not self._sources.get(value, frozenset()) & self._large
-        self._note(name, what, found, value, self.tolerances.timestep if early else self.tolerances.tensor)
+        self._note(name, what, found, value, self.tolerances.early if early else self.tolerances.tensor)
         self.run.force(value, tensor.to(torch.float64))
         self.run.release(value)
 
@@ -252,7 +255,8 @@ class Float64Network:
     def _note(self, name: str, what: str, found: Distance, value: ir.Value, tolerance: float) -> None:
         seen = self.seen
         seen.tensors += 1
-        seen.least_db = min(seen.least_db, found.sqnr_db)
+        if tolerance == self.tolerances.tensor or what == "codes":
+            seen.least_db = min(seen.least_db, found.sqnr_db)
         if found.worst > seen.worst:
             seen.worst, seen.where = found.worst, f"{name} ({what})"
         if not found.worst <= tolerance:

@@ -1,8 +1,8 @@
 """ONNX operators on tensors in float64.
 
-Types of floating point have no roundings here: a Cast between them does nothing, and what meets a float64 tensor becomes
-float64 itself. Tensors made from constants and whole numbers alone stay in FP32, as PyTorch computes them (sines of a
-timestep, for instance): there FP32 is part of what the network means. Integer codes are float64 numbers.
+Types of floating point have no roundings here: a Cast between them does nothing, and what meets a float64 tensor
+becomes float64 itself. Tensors made from constants and whole numbers alone stay in FP32, as PyTorch computes them
+(sines of a timestep, for instance): there FP32 is part of what the network means. Integer codes are float64 numbers.
 
 An operator that is not in the table is executed by onnx's reference implementation.
 """
@@ -25,7 +25,7 @@ from qdexport.errors import ParityError
 from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE
 from qdexport.quant.affine import block_scales, e4m3_round, nvfp4_codes
 
-__all__ = ["execute", "from_numpy", "widened"]
+__all__ = ["UnsupportedError", "execute", "from_numpy", "widened"]
 
 Inputs = Sequence[Tensor | None]
 Attributes = Mapping[str, Any]
@@ -44,11 +44,16 @@ _BOUNDS: Final = {
 }
 
 
+class UnsupportedError(ParityError):
+    """An operator that neither this module nor onnx's reference can execute."""
+
+
 def execute(node: ir.Node, inputs: Inputs) -> tuple[Tensor, ...]:
     """The outputs of one node.
 
     Raises:
-        ParityError: nothing here can execute it; the node is named.
+        UnsupportedError: nothing here can execute such an operator; the node is named.
+        ParityError: it does not take these inputs.
     """
     attributes = {
         name: item.value for name, item in node.attributes.items() if isinstance(item, ir.Attr)
@@ -59,10 +64,11 @@ def execute(node: ir.Node, inputs: Inputs) -> tuple[Tensor, ...]:
             result = function(node, attributes, inputs)
             return result if isinstance(result, tuple) else (result,)
         return _by_reference(node, inputs)
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, KeyError) as error:
-        raise ParityError(
-            f"{node.name} ({node.op_type}) cannot be executed in float64: {str(error).splitlines()[0]}"
-        ) from error
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        missing = function is None or isinstance(error, NotImplementedError)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        text = f"{node.name} ({node.op_type}) cannot be executed in float64: {reason}"
+        raise (UnsupportedError if missing else ParityError)(text) from error
 
 
 def from_numpy(array: np.ndarray) -> Tensor:
@@ -163,7 +169,7 @@ def _cast(node: ir.Node, attributes: Attributes, inputs: Inputs) -> Tensor:
         return x if x.is_floating_point() else x.to(torch.float32)
     if to == ir.DataType.BOOL:
         return x != 0
-    if to in {ir.DataType.FLOAT8E4M3FN}:
+    if to == ir.DataType.FLOAT8E4M3FN:
         return e4m3_round(x).to(x.dtype)
     return x.to(getattr(torch, to.name.lower()))
 
@@ -301,7 +307,8 @@ def _clip(node: ir.Node, attributes: Attributes, inputs: Inputs) -> Tensor:
 
 
 def _where(node: ir.Node, attributes: Attributes, inputs: Inputs) -> Tensor:
-    return torch.where(_one(inputs), *widened(_one(inputs, 1), _one(inputs, 2)))
+    a, b = widened(_one(inputs, 1), _one(inputs, 2))
+    return torch.where(_one(inputs), a, b)
 
 
 def _reduced(function: Callable[..., Tensor]) -> Callable[..., Result]:
@@ -387,7 +394,7 @@ def _transpose(node: ir.Node, attributes: Attributes, inputs: Inputs) -> Tensor:
 
 def _expand(node: ir.Node, attributes: Attributes, inputs: Inputs) -> Tensor:
     x, shape = _one(inputs), _ints(inputs, 1)
-    return x.expand(torch.broadcast_shapes(x.shape, shape))
+    return x.expand(np.broadcast_shapes(x.shape, shape))
 
 
 def _squeeze(node: ir.Node, attributes: Attributes, inputs: Inputs) -> Tensor:

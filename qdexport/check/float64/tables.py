@@ -1,8 +1,8 @@
 """Tables of the ONNX file against the fake-quant model: every row, without running the network.
 
-What depends on the timestep alone, on a class label alone or on positions alone is computed on both sides for every value
-that there is; every quantizer with a row per step is executed at every row, with its layer, on a few random numbers; the
-constants of the text's first token are compared with its projections.
+What depends on the timestep alone, on a class label alone or on positions alone is computed on both sides for every
+value that there is; every quantizer with a row per step is executed at every row, with its layer, on a few random
+numbers; the constants of the text's first token are compared with its projections.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qdexport.core.spec import LayerPlan
 from qdexport.graph.dialect import STEP_ROWS
 from qdexport.models.rotary import POSITIONS
 from qdexport.quant.attach import QuantizedModel
-from qdexport.quant.modules import ChannelScale, FirstToken, quantizer_pairs
+from qdexport.quant.modules import ActivationQuantizer, ChannelScale, FirstToken, quantizer_pairs
 from qdexport.quant.softmax import SoftmaxQuantizer
 
 __all__ = ["TableCheck", "check_tables"]
@@ -113,7 +113,7 @@ def check_tables(
         elif condition.names == _POSITIONS:
             work.append(partial(_positions, found, run, partial(paired, condition), inputs, limits))
         else:
-            paired(condition, [condition.inputs], limits.timestep)
+            paired(condition, [condition.inputs], limits.early)
     if facts.time_table is not None:
         work.append(partial(_time_rows, found, run, network, facts))
     if model.rows > 1:
@@ -301,6 +301,8 @@ def _part_rows(
     part = plan.parts[index]
     probe = network.layers[part]
     quantizer, _ = quantizer_pairs(layer)[index]
+    if quantizer is None:
+        return
     kernel, run = layer.kernels()[index], Float64Graph(network.graph)
     held = probe.node.inputs[1]
     weight = None
@@ -324,7 +326,7 @@ def _part_rows(
             yield row, f"the output differs ({_decibel(apart)})"
 
 
-def _numbers(layer: Any, kernel: Tensor, quantizer: Any, row: int, source: torch.Generator) -> Tensor:
+def _numbers(layer: Any, kernel: Tensor, quantizer: ActivationQuantizer, row: int, source: torch.Generator) -> Tensor:
     """Random numbers that reach both ends of a quantizer's range: an input of the layer of the least size."""
     spec = quantizer.spec
     scale, zero = float(quantizer.scale[row]), float(quantizer.zero_point[row])
@@ -335,7 +337,8 @@ def _numbers(layer: Any, kernel: Tensor, quantizer: Any, row: int, source: torch
         shape = [1, kernel.shape[1] * layer.groups, *sizes]
     else:
         shape = [1, 1, kernel.shape[1]]
-    return torch.rand(shape, generator=source, dtype=torch.float64) * (high - low + 2 * margin) + low - margin
+    numbers = torch.rand(shape, generator=source, dtype=torch.float64)
+    return numbers.mul(high - low + 2 * margin).add(low - margin)
 
 
 def _softmax_rows(found: TableCheck, network: Float64Network, model: QuantizedModel) -> None:
