@@ -9,6 +9,7 @@ from qdexport.passes.expand_group_norm import ExpandGroupNorm
 from qdexport.passes.fold_adapters import FoldAdapters
 from qdexport.passes.fold_reparam import FoldReparam
 from qdexport.passes.fold_time_embedding import FoldTimeEmbedding
+from qdexport.passes.guard_labels import GuardLabels
 from qdexport.passes.legalize_types import LegalizeTypes
 from qdexport.passes.lower_bitwidth import LowerBitwidth
 from qdexport.passes.lower_log2 import LowerLog2
@@ -32,6 +33,7 @@ DEFAULT_ORDER: tuple[type[GraphPass], ...] = (
     ShareQuantizers,
     SplitShortcut,
     FoldTimeEmbedding,
+    GuardLabels,
     ExpandGroupNorm,
     PlainAttention,
     SequenceFirst,

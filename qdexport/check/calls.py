@@ -11,7 +11,9 @@ from torch import Tensor
 
 from qdexport.check.exact import exact_call
 from qdexport.core.io_spec import SHARED_ROLES, IoSpec, TensorSpec
-from qdexport.errors import ParityError
+from qdexport.core.network_facts import no_fractions
+from qdexport.core.timesteps import whole_step
+from qdexport.errors import ModelError, ParityError
 from qdexport.models.denoiser import example_inputs
 from qdexport.models.denoiser_calls import MID_RESIDUAL
 from qdexport.models.sampling import (
@@ -109,6 +111,7 @@ def typed_inputs(inputs: Mapping[str, Tensor], io: IoSpec) -> dict[str, Tensor]:
     A call without the residuals of a ControlNet has zeros, which is the same.
 
     Raises:
+        ModelError: the timestep is a fraction, and the network's a whole number.
         ParityError: an input of the network is missing, or the call has residuals that the network has no input for.
     """
     if MID_RESIDUAL in inputs and all(spec.role != "residual" for spec in io.inputs):
@@ -127,11 +130,11 @@ def typed_inputs(inputs: Mapping[str, Tensor], io: IoSpec) -> dict[str, Tensor]:
 
 def _typed(tensor: Tensor, spec: TensorSpec) -> Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
-    if spec.role == "timestep" and not dtype.is_floating_point and bool((tensor != tensor.round()).any()):
-        raise ParityError(
-            f"the scheduler asks for timestep {tensor.item()}, and the network was exported for whole numbers; "
-            "set timestep_spacing to 'leading' or 'trailing' in scheduler_config.json, or compile with this scheduler"
-        )
+    if spec.role == "timestep" and tensor.is_floating_point() and not dtype.is_floating_point:
+        whole = whole_step(tensor.item())
+        if whole is None:
+            raise ModelError(no_fractions([tensor.item()]))
+        return torch.full_like(tensor, whole, dtype=dtype)
     return tensor.to(dtype)
 
 

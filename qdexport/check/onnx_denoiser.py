@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qdexport.check.calls import row_chunks, typed_inputs
 from qdexport.check.session import ort_errors, reference_session
 from qdexport.core.io_spec import IoSpec
+from qdexport.emit.facts import read_network_facts
 from qdexport.errors import ParityError
 from qdexport.models.sampling import NamedDenoiser
 
@@ -20,8 +21,9 @@ __all__ = ["OnnxDenoiser"]
 class OnnxDenoiser(NamedDenoiser):
     """Runs an ONNX file in ONNX Runtime with the call signature of a diffusers UNet.
 
-    Calls of any number of rows are split and padded to what the file takes; inputs are converted to its
-    dtypes and the prediction back. Config, dtype and device are those of the UNet that it stands for.
+    A timestep or a class that the network has no row for is refused. Calls of any number of rows are split and padded
+    to what the file takes; inputs are converted to its dtypes and the prediction back. Config, dtype and device are
+    those of the UNet that it stands for.
 
     Args:
         path: the emitted file.
@@ -33,6 +35,7 @@ class OnnxDenoiser(NamedDenoiser):
         super().__init__(self._predict, like)
         self._path = path
         self._io = io
+        self._facts = read_network_facts(path)
         self._session = reference_session(path)
         # an input that the network does not read (a timestep without a table) is not in the file
         self._names = {item.name for item in self._session.get_inputs()}
@@ -53,9 +56,19 @@ class OnnxDenoiser(NamedDenoiser):
         return torch.device("cpu")
 
     def _predict(self, inputs: dict[str, Tensor]) -> Tensor:
+        timestep, labels = inputs["timestep"].item(), inputs.get("class_labels")
+        self._facts.check_timesteps([timestep])
+        if labels is not None and not labels.is_floating_point():
+            self._facts.check_labels(labels.tolist())
         typed = {name: tensor for name, tensor in typed_inputs(inputs, self._io).items() if name in self._names}
-        parts = [self._run(part)[:count] for part, count in row_chunks(typed, self._io)]
-        return torch.cat(parts).to(inputs["sample"].dtype)
+        prediction = torch.cat([self._run(part)[:count] for part, count in row_chunks(typed, self._io)])
+        if bool(prediction.isnan().any()) and bool(inputs["sample"].isfinite().all()):
+            raise ParityError(
+                f"{self._path} predicts NaN at timestep {timestep:g}: a table has no row for this call (with "
+                "`bos: constant` for another first token of the text), or FP16 overflowed; compile with `--body fp32` "
+                "to tell them apart"
+            )
+        return prediction.to(inputs["sample"].dtype)
 
     def _run(self, inputs: dict[str, Tensor]) -> Tensor:
         feed = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}

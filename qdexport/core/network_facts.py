@@ -12,9 +12,9 @@ from qdexport.core.timesteps import reach_of, row_at, whole_step
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["METADATA_KEY", "NetworkFacts"]
+__all__ = ["METADATA_KEY", "NetworkFacts", "no_fractions"]
 
 METADATA_KEY = "qdexport"
 _SHOWN = 5
@@ -35,6 +35,7 @@ class NetworkFacts(BaseModel):
         timestep_rounding: by what share of itself a pipeline in half precision rounds a fractional timestep.
         time_table: exact timesteps with a row in the time table; None when the time layers are in the graph.
         scale_rows: timesteps of the activation rows; a single static row is an empty list.
+        labels: how many classes the network's table has, numbered from 0; None where it reads no numbers of classes.
         io: inputs and outputs.
         notes: by module path, what became of a mechanism in this file (where a channel scale went, for instance).
     """
@@ -52,6 +53,7 @@ class NetworkFacts(BaseModel):
     timestep_rounding: float = 0.0
     time_table: tuple[int | float, ...] | None
     scale_rows: tuple[int | float, ...]
+    labels: int | None = None
     io: IoSpec
     notes: dict[str, str] = Field(default_factory=dict)
 
@@ -85,7 +87,7 @@ class NetworkFacts(BaseModel):
         rows = self.time_table
         fractions = [step for step in steps if whole_step(step) is None]
         if fractions and (spec is None or spec.dtype != "float32"):
-            raise ModelError(_no_fractions(fractions))
+            raise ModelError(no_fractions(fractions))
         if rows is None:
             return
         missing = [step for step in steps if row_at(rows, step, self.timestep_rounding) is None]
@@ -93,7 +95,7 @@ class NetworkFacts(BaseModel):
             return
         every = set(range(self.training_steps)) <= set(rows)
         if every and any(step in fractions for step in missing):
-            raise ModelError(_no_fractions(missing))
+            raise ModelError(no_fractions(missing))
         raise ModelError(
             f"the time table was made for {len(rows)} steps of {self.scheduler or 'the given schedule'} and has "
             f"no row for timesteps {_first(missing)}; sample with that scheduler and number of steps, or compile with "
@@ -102,11 +104,25 @@ class NetworkFacts(BaseModel):
         )
 
 
-def _first(steps: list[float]) -> str:
+    def check_labels(self, labels: Iterable[int]) -> None:
+        """Refuses classes that the network has no row for.
+
+        Raises:
+            ModelError: a number below 0 or beyond the last class.
+        """
+        wrong = [] if self.labels is None else [label for label in labels if not 0 <= label < self.labels]
+        if self.labels is not None and wrong:
+            raise ModelError(
+                f"class labels {_first(wrong)} are outside 0..{self.labels - 1}: the model knows {self.labels} classes"
+            )
+
+
+def _first(steps: Sequence[float]) -> str:
     return f"{steps[:_SHOWN]}{' ...' if len(steps) > _SHOWN else ''}"
 
 
-def _no_fractions(steps: list[float]) -> str:
+def no_fractions(steps: list[float]) -> str:
+    """Why a network of whole timesteps refuses fractions, and what to do."""
     return (
         f"the scheduler asks for timesteps {_first(steps)}, and the network has a table of whole ones; use a spacing "
         "with whole steps (`timestep_spacing: leading` or `trailing`, without Karras, exponential or beta sigmas), or "

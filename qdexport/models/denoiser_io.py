@@ -22,6 +22,7 @@ from qdexport.core.recipe import Shapes
 from qdexport.errors import RecipeError
 from qdexport.models.denoiser_calls import call_denoiser, example_inputs, named_inputs
 from qdexport.models.denoiser_classes import (
+    DIT,
     FLUX,
     SD3,
     TRANSFORMERS,
@@ -49,6 +50,7 @@ __all__ = [
     "denoiser_class",
     "example_inputs",
     "io_spec",
+    "label_count",
     "latent_dims",
     "latent_size",
     "named_inputs",
@@ -136,6 +138,16 @@ def _timestep_dtype(model: LoadedModel | nn.Module, fractions: bool) -> str:
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
     learned = isinstance(getattr(denoiser, "time_proj", None), nn.Embedding)
     return "float32" if fractions and not learned else timestep_dtype(model)
+
+
+def label_count(denoiser: nn.Module) -> int | None:
+    """How many rows the table of classes has (one of DiT's for no class, too); None without such a table."""
+    if family_of(denoiser) == DIT:
+        tables = (layer for name, layer in denoiser.named_modules() if name.endswith("class_embedder.embedding_table"))
+        embedding = next(tables, None)
+    else:
+        embedding = getattr(denoiser, "class_embedding", None)
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def latent_dims(loaded: LoadedModel, shapes: Shapes) -> tuple[Dim, Dim]:

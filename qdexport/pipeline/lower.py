@@ -13,7 +13,7 @@ from qdexport.core.target import INT4_OPSET
 from qdexport.emit.onnx_file import OnnxFile, emit
 from qdexport.errors import RecipeError
 from qdexport.graph.runner import PassContext, PassReport, run_passes
-from qdexport.models.denoiser_io import io_spec
+from qdexport.models.denoiser_io import io_spec, label_count
 from qdexport.models.schedules import timestep_rounding
 from qdexport.passes import default_passes
 from qdexport.passes.fold_time_embedding import time_columns
@@ -256,5 +256,6 @@ def network_facts(model: QuantizedModel, target: Target, columns: int | None = N
         timestep_rounding=timestep_rounding(model.loaded.denoiser),
         time_table=time_rows(model, columns, fractions=fractions),
         scale_rows=model.timesteps if model.rows > 1 else (),
+        labels=label_count(model.loaded.denoiser),
         io=io,
     )

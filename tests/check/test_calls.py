@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qdexport.check.calls import check_calls, fit_inputs, row_chunks, spread
 from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
-from qdexport.errors import ParityError
+from qdexport.errors import ModelError, ParityError
 from qdexport.quant.bos import Bos
 from tests.check.conftest import Compiled
 
@@ -74,8 +74,10 @@ def test_residuals_that_a_call_lacks_are_zero_and_those_that_a_network_lacks_are
 
 
 def test_a_fraction_is_not_cut_off() -> None:
-    with pytest.raises(ParityError, match=r"asks for timestep 957\.5, and the network was exported for whole numbers"):
+    with pytest.raises(ModelError, match=r"asks for timesteps \[957\.5\], and the network has a table of whole ones"):
         fit_inputs({"sample": torch.ones(2, 1), "timestep": torch.tensor([957.5])}, io_of(2, 2))
+    whole = fit_inputs({"sample": torch.ones(2, 1), "timestep": torch.tensor([956.9999])}, io_of(2, 2))
+    assert torch.equal(whole["timestep"], torch.tensor([957]))
 
 
 def test_a_missing_input_is_named() -> None:

@@ -9,7 +9,7 @@ import torch
 from qdexport.check.calls import fake_quant_denoiser
 from qdexport.check.measure import sqnr_db
 from qdexport.check.onnx_denoiser import OnnxDenoiser
-from qdexport.errors import ParityError
+from qdexport.errors import ModelError, ParityError
 from qdexport.models.sampling import SampleRequest, sample
 from tests.check.conftest import Compiled
 
@@ -70,3 +70,25 @@ def test_a_file_that_does_not_fit_is_named(static: Compiled, tmp_path: Path) -> 
             static.calls[0].inputs["timestep"],
             encoder_hidden_states=inputs["encoder_hidden_states"],
         )
+
+
+def test_a_timestep_or_class_without_a_row_is_refused(static: Compiled) -> None:
+    denoiser = OnnxDenoiser(static.path, static.io, static.model.loaded.denoiser)
+    inputs = call_of(static, 2)
+    text = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+    for timestep, words in ((-1, "outside the training range"), (1000, "outside the training range"), (41.5, "keep")):
+        with pytest.raises(ModelError, match=words):
+            denoiser(inputs["sample"], torch.tensor(timestep), **text)
+    denoiser(inputs["sample"], torch.tensor(41.0001), **text)  # whole but for rounding
+    denoiser._facts = denoiser._facts.model_copy(update={"labels": 10})
+    call = {"sample": inputs["sample"], "timestep": torch.tensor([1]), **text, "class_labels": torch.tensor([3, -1])}
+    with pytest.raises(ModelError, match=r"class labels \[-1\] are outside 0\.\.9"):
+        denoiser._predict(call)
+
+
+def test_nan_is_an_error_that_names_the_cause(static: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = OnnxDenoiser(static.path, static.io, static.model.loaded.denoiser)
+    monkeypatch.setattr(denoiser, "_run", lambda inputs: inputs["sample"] * torch.nan)
+    inputs = call_of(static, 2)
+    with pytest.raises(ParityError, match=r"predicts NaN at timestep 41: a table has no row for this call"):
+        denoiser(inputs["sample"], torch.tensor(41), encoder_hidden_states=inputs["encoder_hidden_states"])

@@ -100,3 +100,11 @@ def test_rounded_steps_of_flow_matching() -> None:
         flow.check_timesteps([850.0])
     assert "keep" in str(caught.value)
     assert "`time_embedding: all`" not in str(caught.value)  # it has no last fraction
+
+
+def test_labels_outside_the_table() -> None:
+    facts().check_labels([-1, 5000])  # no table, no limit
+    classes = facts().model_copy(update={"labels": 10})
+    classes.check_labels([0, 9])
+    with pytest.raises(ModelError, match=r"class labels \[-1, 10\] are outside 0\.\.9: the model knows 10 classes"):
+        classes.check_labels([3, -1, 10])

@@ -96,6 +96,7 @@ def test_all_passes_together(graphs, noise, body):
         "share-quantizers": True,
         "split-shortcut": False,
         "fold-time-embedding": True,
+        "guard-labels": False,
         "expand-group-norm": False,
         "plain-attention": False,
         "sequence-first": False,
