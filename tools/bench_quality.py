@@ -26,12 +26,20 @@ _ROOT = Path(__file__).resolve().parents[1]
 _ROWS = Path(__file__).resolve().parent / "benchmarks" / "quality_rows.yaml"
 _FAILED_EXIT_CODE = 1
 _FILE_WIDTH = 150
+_CAPTIONS = {
+    "pictures/quality-errors.png": "Image MSE to FP of each row, with its 95 % interval",
+    "pictures/quality-steps.png": (
+        "Squared error of the latents against the steps done, each model on its own trajectory"
+    ),
+    "pictures/quality-images.png": "The first prompts, the same noise in every line",
+}
 _EXAMPLES = """\b
 Examples:
   python tools/bench_quality.py --list
   python tools/bench_quality.py --group baselines
   python tools/bench_quality.py --row 'mse-w4a4*' --images 64
   python tools/bench_quality.py --write-docs                 docs/quality.md, quality.json, pictures
+  python tools/bench_quality.py --row w8a8 --update-docs     measures it anew, and replaces its row
   python tools/bench_quality.py --reuse --json > quality.json
   python tools/bench_quality.py --model ./my-sd --prompts prompts.txt --recipe w8a8 --recipe w4a8 --real ./photos
 """
@@ -43,11 +51,12 @@ Examples:
 @click.option("--row", "names", multiple=True, metavar="GLOB", help="Only rows with such names; repeatable.")
 @click.option("--list", "only_list", is_flag=True, help="List the rows and measure nothing.")
 @click.option("--write-docs", is_flag=True, help="Write docs/quality.md, docs/quality.json and their plots.")
+@click.option("--update-docs", is_flag=True, help="The same for the chosen rows alone; plots and other rows stay.")
 @click.option(
     "--docs",
     type=click.Path(file_okay=False, path_type=Path),
     default=_ROOT / "docs",
-    help="Where --write-docs writes.",
+    help="Where --write-docs and --update-docs write.",
 )
 @click.option("--model", help="A pipeline of your own: bundled name, diffusers folder or hub id.")
 @click.option("--prompts", type=click.Path(dir_okay=False, path_type=Path), help="One prompt per line, for --model.")
@@ -95,7 +104,7 @@ def cli(context: click.Context, /, **options: Any) -> int:
 
 def _refuse_mixed(given: set[str], *, user: bool) -> None:
     own = {"prompts", "recipes", "real", "inception", "clip", "seed"}
-    table = {"rows_path", "groups", "names", "only_list", "write_docs", "docs", "real_images"}
+    table = {"rows_path", "groups", "names", "only_list", "write_docs", "update_docs", "docs", "real_images"}
     wrong = sorted(given & (table if user else own))
     if wrong:
         flags = ", ".join(f"--{_FLAGS.get(name, name.replace('_', '-'))}" for name in wrong)
@@ -147,6 +156,9 @@ def _run_table(options: Mapping[str, Any], settings: Settings) -> int:
     if options["write_docs"]:
         with progress.stage(f"writing {options['docs'] / 'quality.md'}"):
             _write_docs(table, rows.pictures, rows.traces, options["docs"])
+    elif options["update_docs"]:
+        with progress.stage(f"writing {options['docs'] / 'quality.md'}"):
+            _update_docs(table, [row.name for row in rows.rows], options["docs"])
     if options["as_json"]:
         click.echo(json.dumps(_shown(table), indent=2, allow_nan=False))
     else:
@@ -195,17 +207,28 @@ def _write_docs(table: Table, pictures: Sequence[str], traces: Sequence[str], do
     rows = table.figures["rows"]
     stores = {name: table.stores[name] for name in pictures if name in table.stores}
     titles = {name: row["title"] for name, row in rows.items()}
-    shown: dict[str, str] = {}
-    if plot_errors(rows, docs / "pictures" / "quality-errors.png"):
-        shown["pictures/quality-errors.png"] = "Image MSE to FP of each row, with its 95 % interval"
-    if plot_steps(rows, traces, docs / "pictures" / "quality-steps.png"):
-        shown["pictures/quality-steps.png"] = (
-            "Squared error of the latents against the steps done, each model on its own trajectory"
-        )
-    if plot_pictures(stores, titles, docs / "pictures" / "quality-images.png"):
-        shown["pictures/quality-images.png"] = "The first prompts, the same noise in every line"
+    errors, steps, images = (docs / path for path in _CAPTIONS)
+    drawn = (plot_errors(rows, errors), plot_steps(rows, traces, steps), plot_pictures(stores, titles, images))
+    shown = {path: caption for (path, caption), there in zip(_CAPTIONS.items(), drawn, strict=True) if there}
     write_json(docs / "quality.json", _shown(table))
     write_text(docs / "quality.md", quality_markdown(table.figures, shown))
+
+
+def _update_docs(table: Table, order: Sequence[str], docs: Path) -> None:
+    """Replaces what was measured; the reference rows stay, since they may have been sampled for fewer images."""
+    from benchmarks.quality_docs import quality_markdown, updated_figures
+
+    from qdexport.core.files import write_json, write_text
+
+    known = json.loads((docs / "quality.json").read_text(encoding="utf-8"))
+    figures = updated_figures(known, table.figures, order)
+    shown = {
+        path: caption
+        for path, caption in _CAPTIONS.items()
+        if (docs / path).is_file()
+    }
+    write_json(docs / "quality.json", {**figures, "failed": known.get("failed", {})})
+    write_text(docs / "quality.md", quality_markdown(figures, shown))
 
 
 def _list(entries: Sequence[RowEntry], *, as_json: bool) -> None:

@@ -433,6 +433,23 @@ def test_the_page_states_values_intervals_differences_and_first_figures() -> Non
     assert max(map(len, page.splitlines())) < 400
 
 
+def test_some_rows_of_the_page_are_replaced() -> None:
+    from benchmarks.quality_docs import updated_figures
+
+    def row(digest: str | None, mse: float) -> dict[str, Any]:
+        return {"recipe_digest": digest, "mse": mse}
+
+    pairs = [{"row": "a", "against": "b", "n": 1}, {"row": "b", "against": "c", "n": 1}, {"row": "c", "against": "b"}]
+    known = {"rows": {"fp": row(None, 0), "b": row("b", 1), "c": row("c", 1), "d": row("d", 1)}, "comparisons": pairs}
+    found = {"rows": {"fp": row(None, 9), "a": row("a", 2), "b": row("B", 2)}, "comparisons": [pairs[0] | {"n": 2}]}
+    updated = updated_figures(known, found, ["fp", "a", "b", "c"])
+    # the floating-point row of a page has more images than what one row is measured with
+    assert {name: item["mse"] for name, item in updated["rows"].items()} == {"fp": 0, "a": 2, "b": 2, "c": 1, "d": 1}
+    assert list(updated["rows"]) == ["fp", "a", "b", "c", "d"]
+    # a difference of the old b is true no more
+    assert updated["comparisons"] == [pairs[0] | {"n": 2}]
+
+
 def test_plots_are_written(tmp_path: Path) -> None:
     from benchmarks.quality_plots import plot_errors, plot_pictures, plot_steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-__all__ = ["metric_text", "quality_markdown"]
+__all__ = ["metric_text", "quality_markdown", "updated_figures"]
 
 _TITLES: Final[Mapping[str, str]] = {
     "mse": "image MSE",
@@ -55,6 +55,37 @@ def quality_markdown(figures: Mapping[str, Any], pictures: Mapping[str, str]) ->
         parts.append(_model_tables(model, rows))
     parts += [_comparisons(figures), _first_figures(figures["rows"]), _plots(pictures), _repeat(figures)]
     return "\n".join(part for part in parts if part)
+
+
+def updated_figures(known: Mapping[str, Any], found: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """The figures of a page with those of some rows in their place.
+
+    Args:
+        known: of the page; its floating-point rows stay.
+        found: of the rows that were measured again, over the same prompts.
+        order: names of all rows.
+
+    Returns:
+        New rows stand where ``order`` has them. A comparison of a measured row is the new one, or none where the other
+        row was not measured with it.
+    """
+    fresh = {name: row for name, row in found["rows"].items() if row["recipe_digest"] or name not in known["rows"]}
+    rows = {**known["rows"], **fresh}
+    made = {(pair["row"], pair["against"]): pair for pair in found["comparisons"]}
+    kept = {
+        (pair["row"], pair["against"]): pair
+        for pair in known["comparisons"]
+        if not {pair["row"], pair["against"]} & set(fresh)
+    }
+    return {
+        **known,
+        "rows": {name: rows[name] for name in sorted(rows, key=lambda name: _place(name, order))},
+        "comparisons": [*kept.values(), *(pair for key, pair in made.items() if key not in kept)],
+    }
+
+
+def _place(name: str, order: Sequence[str]) -> int:
+    return order.index(name) if name in order else len(order)
 
 
 def metric_text(metric: str, value: float) -> str:

@@ -15,7 +15,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from qdexport.core.recipe import Recipe, load_recipe, preset_names
 from qdexport.errors import RecipeError
 
-__all__ = ["METRICS", "Comparison", "Metric", "Row", "RowsFile", "choose_rows", "load_rows", "resolve_rows"]
+__all__ = [
+    "METRICS",
+    "Comparison",
+    "Metric",
+    "Row",
+    "RowsFile",
+    "choose_rows",
+    "load_rows",
+    "recipe_named",
+    "resolve_rows",
+]
 
 Metric = Literal["mse", "psnr_db", "ssim", "alignment", "attributes", "frechet_fp", "frechet_real"]
 METRICS: tuple[Metric, ...] = ("mse", "psnr_db", "ssim", "alignment", "attributes", "frechet_fp", "frechet_real")
@@ -176,7 +186,7 @@ def _resolve(entry: RowEntry, recipes: Mapping[str, dict[str, Any]]) -> Row:
     if entry.recipe is not None:
         source = ", ".join([entry.recipe, *(f"{key}={value}" for key, value in entry.set.items())])
         try:
-            recipe = _recipe(entry, recipes)
+            recipe = recipe_named(str(entry.recipe), recipes, entry.set)
         except RecipeError as error:
             raise RecipeError(f"row {entry.name!r}: {error}") from error
     return Row(
@@ -192,11 +202,15 @@ def _resolve(entry: RowEntry, recipes: Mapping[str, dict[str, Any]]) -> Row:
     )
 
 
-def _recipe(entry: RowEntry, recipes: Mapping[str, dict[str, Any]]) -> Recipe:
-    name = str(entry.recipe)
+def recipe_named(name: str, recipes: Mapping[str, dict[str, Any]], changes: Mapping[str, Any]) -> Recipe:
+    """A recipe of the file of rows, a preset or a .yaml file, with changes by dotted keys.
+
+    Raises:
+        RecipeError: there is none of this name, or it cannot be used.
+    """
     if name not in recipes:
-        return load_recipe(name, dict(entry.set))
+        return load_recipe(name, dict(changes))
     with tempfile.TemporaryDirectory(prefix="qdexport-rows-") as folder:
         path = Path(folder) / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"name": name, **recipes[name]}), encoding="utf-8")
-        return load_recipe(str(path), dict(entry.set))
+        return load_recipe(str(path), dict(changes))
