@@ -10,6 +10,7 @@
     |- ParityError             8   a compiled artefact differs from what was planned
     |- MissingDependencyError  9   an optional package or a device is not there
     |- OutputError            10   the output folder cannot be written (read-only, full, in use)
+       |- DamagedError        10   a file in it is not what its manifest says
 
 A programming mistake stays an ordinary exception: the command line ends with code 1 and one sentence, and writes the
 traceback to a file that the sentence names. An interrupt (Ctrl-C) ends with code 130. ``kind`` names an error in what
@@ -90,3 +91,9 @@ class OutputError(QdExportError):
 
     exit_code = 10
     kind = "output"
+
+
+class DamagedError(OutputError):
+    """A file of an output folder is not what the folder's manifest says."""
+
+    kind = "damaged"

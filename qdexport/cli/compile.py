@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -19,6 +19,7 @@ from qdexport.cli.options import (
     target_option,
     worker_options,
 )
+from qdexport.core.shown import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ __all__ = ["build", "compile_", "export", "out_folder", "prepared_options", "qua
 
 _STAGES = ["quantize", "search", "export", "build", "validate"]
 _VERDICT_FAILED = 8
+Shown = Literal["report", "next", "nothing"]
 
 
 @click.command(
@@ -95,7 +97,7 @@ def quantize(model: str, **options: Any) -> None:
     """Calibrate MODEL and write the fake-quant checkpoint: a diffusers folder plus quantization.safetensors."""
     options["force"] = ("quantize",) if options["force"] else ()
     prepared = prepared_options(model, options)
-    run_stages(prepared, out_folder(prepared, options["out"]), options, lambda job: job.quantize())
+    run_stages(prepared, out_folder(prepared, options["out"]), options, lambda job: job.quantize(), show="next")
 
 
 def _stage_command(name: str, help_text: str, *more: Callable[[Any], Any]) -> click.Command:
@@ -113,7 +115,8 @@ def _stage_command(name: str, help_text: str, *more: Callable[[Any], Any]) -> cl
             if name == "validate":
                 job.report()
 
-        if run_stages(prepared, folder, options, stage) and name == "validate":
+        show: Shown = "report" if name == "validate" else "next"
+        if run_stages(prepared, folder, options, stage, show=show, heal=False) and name == "validate":
             raise SystemExit(_VERDICT_FAILED)
 
     for option in more:
@@ -171,15 +174,14 @@ def _continued_options(
     from qdexport.core.recipe import load_recipe
     from qdexport.core.results import Manifest
     from qdexport.core.target import target_named
-    from qdexport.errors import ModelError
     from qdexport.pipeline.compilation import CompileOptions
+    from qdexport.pipeline.lineage import check_checkpoint
     from qdexport.pipeline.workspace import settle
 
     settle(folder)
     manifest = Manifest.load(folder / "manifest.json")
+    check_checkpoint(folder, manifest)
     recipe = folder / "checkpoint" / "recipe.yaml"
-    if not recipe.is_file():
-        raise ModelError(f"{folder} holds no checkpoint; run `qdexport quantize MODEL --out {folder}` first")
     return CompileOptions(
         model=manifest.model,
         recipe=load_recipe(str(recipe), {"search": any(item.stage == "search" for item in manifest.artifacts)}),
@@ -208,28 +210,46 @@ def run_stages(
     options: dict[str, Any],
     stages: Callable[[Compilation], None],
     *,
-    show: bool = True,
+    show: Shown = "report",
+    heal: bool = True,
 ) -> bool:
-    """Runs stages over an output folder and shows the report; returns whether a check failed."""
+    """Runs stages over an output folder; returns whether a check failed.
+
+    Args:
+        prepared: what to compile.
+        out: the output folder.
+        options: of the command.
+        stages: are run.
+        show: the report, or the command that goes on where a stage is still to be done, or nothing.
+        heal: begin a new manifest where the folder's is damaged.
+    """
     from qdexport.check.outcome import failed, verdict_of
     from qdexport.pipeline.compilation import Compilation, new_manifest, new_report
+    from qdexport.pipeline.lineage import next_command
     from qdexport.pipeline.workspace import Workspace
 
     progress = make_progress(options["verbose"], options["as_json"])
-    with Workspace.open(out, new_manifest(prepared), new_report(prepared)) as workspace:
+    with Workspace.open(out, new_manifest(prepared), new_report(prepared), heal=heal) as workspace:
         job = Compilation(prepared, workspace, progress)
         stages(job)
         workspace.report.verdict = verdict_of(workspace.report)
         workspace.save()
-        if show:
-            _show(workspace, as_json=options["as_json"])
+        following = None
+        if show == "next":
+            following = next_command(out, workspace.manifest, builds=prepared.target.module is not None)
+        if show != "nothing":
+            _show(workspace, following, as_json=options["as_json"])
         return failed(workspace.report)
 
 
-def _show(workspace: Workspace, *, as_json: bool) -> None:
+def _show(workspace: Workspace, following: str | None, *, as_json: bool) -> None:
     from qdexport.report.terminal import summary
 
     if as_json:
         print_json(workspace.report.model_dump(mode="json", exclude_none=True))
+    elif following is not None:
+        report, done = workspace.report, ", ".join(workspace.report.stages)
+        click.echo(one_line(f"{report.model}, {report.recipe}, {report.target}: done so far: {done}."))
+        click.echo(f"Nothing is compared yet. Next: {one_line(following)}")
     else:
         summary(workspace.report, make_console(), workspace.root)

@@ -24,13 +24,18 @@ def explanation(folder: Path, layer: str) -> list[dict[str, Any]]:
 
     Raises:
         ModelError: the folder has no log of passes.
+        DamagedError: the log is not the one that was written.
         RecipeError: there is no such layer.
     """
+    from qdexport.core.integrity import damage_at
     from qdexport.core.pass_log import PASS_LOG_FILE, PassLog
     from qdexport.core.results import Report
+    from qdexport.errors import DamagedError
 
+    for damage in damage_at(folder / "onnx" / PASS_LOG_FILE):
+        raise DamagedError(f"{folder}: {damage}; run `qdexport export {folder}`")
     report = folder / "report.json"
-    coverage = Report.load(report).coverage if report.is_file() else None
+    coverage = Report.load(report).coverage if report.is_file() and not damage_at(report) else None
     known = sorted({name.partition("#")[0] for name in coverage.planned}) if coverage else None
     found = PassLog.load(folder / "onnx" / PASS_LOG_FILE).explain(layer, known)
     return [{"pass": item.name, "what": item.what, "details": list(item.details)} for item in found]

@@ -11,7 +11,7 @@ from qdexport.cli.console import make_console, print_json
 from qdexport.cli.explain import explanation, show_explanation
 from qdexport.core.gpus import GPUS, gpu_named
 from qdexport.core.shown import one_line
-from qdexport.errors import ModelError
+from qdexport.errors import DamagedError, ModelError, QdExportError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,11 +57,27 @@ def inspect(  # one argument per option
         return
     if plot is not None and gpu is None:
         raise click.UsageError("--plot draws predicted costs: say for which card with --gpu")
-    facts = _facts(path) if gpu is None else _cost_facts(path, gpu, plot)
+    from qdexport.core.integrity import damage_at
+
+    damage = damage_at(path)
+    try:
+        facts = _facts(path) if gpu is None else _cost_facts(path, gpu, plot)
+    except QdExportError as error:
+        if damage:
+            raise _damaged(path, damage) from error
+        raise
     if as_json:
-        print_json(facts)
-        return
-    _print(facts, make_console(), None if layers else _ROWS)
+        print_json({**facts, "damaged": damage} if damage else facts)
+    else:
+        _print(facts, make_console(), None if layers else _ROWS)
+        for text in damage[1:]:
+            click.echo(f"damaged: {one_line(text)}")
+    if damage:
+        raise _damaged(path, damage)
+
+
+def _damaged(path: Path, damage: list[str]) -> DamagedError:
+    return DamagedError(f"{path}: {damage[0]}; run the `qdexport` command that made it again")
 
 
 def _explain(path: Path, layer: str, *, as_json: bool) -> None:
@@ -113,13 +129,19 @@ def _cost_facts(path: Path, gpu: str, plot: Path | None) -> dict[str, Any]:
 
 
 def _folder_facts(path: Path) -> dict[str, Any]:
+    from qdexport.core.integrity import damage_at
     from qdexport.core.results import Manifest, Report
 
     manifest = Manifest.load(path / "manifest.json")
-    report = Report.load(path / "report.json")
+    try:
+        report = Report.load(path / "report.json").model_dump(mode="json", exclude_none=True)
+    except QdExportError as error:
+        if not damage_at(path / "report.json"):
+            raise
+        report = {"unreadable": str(error)}
     return {
         "kind": "output folder",
-        "report": report.model_dump(mode="json", exclude_none=True),
+        "report": report,
         "folder": str(path),
         "artifacts": [item.model_dump(mode="json") for item in manifest.artifacts],
     }
@@ -133,7 +155,8 @@ def _print(facts: dict[str, Any], console: Console, rows: int | None) -> None:
         from qdexport.core.results import Report
         from qdexport.report.terminal import summary
 
-        summary(Report.model_validate(facts["report"]), console, Path(facts["folder"]))
+        if "unreadable" not in facts["report"]:
+            summary(Report.model_validate(facts["report"]), console, Path(facts["folder"]))
         _print_table(console, facts["artifacts"], ["kind", "path", "stage", "sha256"], None)
         return
     table = Table.grid(padding=(0, 2, 0, 0))

@@ -32,7 +32,7 @@ Examples:
 \b
 Exit codes: 0 done, 1 other error, 2 recipe or usage, 3 model, 4 capture, 5 compiler pass, 6 ONNX file,
 7 engine build, 8 a verdict failed (compiled right, pictures kept), 9 missing package or device,
-10 output folder, 130 interrupted.
+10 output folder (not writable, or damaged), 130 interrupted.
 Of an error that was not foreseen (1) the message names a file with the traceback.
 """
 

@@ -56,7 +56,7 @@ def search(model: str, **options: Any) -> None:
         job.quantize()
         job.search()
 
-    run_stages(prepared, out, options, stages, show=False)
+    run_stages(prepared, out, options, stages, show="nothing")
     _results(out, options)
 
 

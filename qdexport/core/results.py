@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from qdexport.core.companion_facts import CompanionName
-from qdexport.core.digests import tree_sha256
+from qdexport.core.digests import digest_of_files, file_sha256, tree_files
 from qdexport.core.files import write_json
 from qdexport.core.paths import why_unsafe
-from qdexport.core.replace import files_below
-from qdexport.errors import ModelError
+from qdexport.core.reading import read_bytes, reading
+from qdexport.errors import DamagedError, ModelError
 
 __all__ = [
     "Artifact",
@@ -45,7 +45,7 @@ __all__ = [
 _T = TypeVar("_T", bound=BaseModel)
 _CALIBRATION_THREADS = "calibration_threads"
 ArtifactKind = Literal[
-    "checkpoint", "onnx", "engine", "plan", "report", "images", "golden", "plugin", "log",
+    "checkpoint", "onnx", "engine", "plan", "report", "images", "golden", "plugin", "log", "forms", "bit_plan",
     # of the networks beside the denoiser; a kind alone still names one thing of the denoiser
     "companion_onnx", "companion_engine", "companion_plan", "companion_golden",
 ]  # fmt: skip
@@ -72,8 +72,8 @@ PathBelowRoot = Annotated[str, AfterValidator(_below_root)]
 
 
 class Artifact(_Record):
-    """One file or folder that a stage made; ``inputs`` are the digests it was made from. ``files`` are the names of the
-    files in a folder: what else is there is the user's.
+    """One file or folder that a stage made; ``inputs`` are the digests it was made from. ``files`` are the files in a
+    folder with their digests: what else is there is the user's.
     """
 
     kind: ArtifactKind
@@ -81,19 +81,36 @@ class Artifact(_Record):
     sha256: str
     stage: str
     inputs: dict[str, str] = Field(default_factory=dict)
-    files: list[PathBelowRoot] | None = None
+    files: dict[PathBelowRoot, str] | None = None
 
     @classmethod
-    def of(cls, root: Path, path: Path, kind: ArtifactKind, stage: str, inputs: dict[str, str]) -> Artifact:
-        """Describes a finished file or folder below ``root``."""
+    def of(
+        cls,
+        root: Path,
+        path: Path,
+        kind: ArtifactKind,
+        stage: str,
+        inputs: Mapping[str, str],
+        ours: Collection[str] | None = None,
+    ) -> Artifact:
+        """Describes a finished file or folder below ``root``; ``ours`` names the files of a folder that count (all)."""
+        files = None
+        if path.is_dir():
+            files = {name: sha256 for name, sha256 in tree_files(path).items() if ours is None or name in ours}
         return cls(
             kind=kind,
             path=path.relative_to(root).as_posix(),
-            sha256=tree_sha256(path),
+            sha256=file_sha256(path) if files is None else digest_of_files(files),
             stage=stage,
-            inputs=inputs,
-            files=files_below(path) if path.is_dir() else None,
+            inputs=dict(inputs),
+            files=files,
         )
+
+    def digests(self) -> dict[str, str]:
+        """The digest of every file, by its path relative to the output folder."""
+        if self.files is None:
+            return {self.path: self.sha256}
+        return {f"{self.path}/{name}": sha256 for name, sha256 in self.files.items()}
 
 
 class Manifest(_Record):
@@ -121,7 +138,7 @@ class Manifest(_Record):
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Reads a manifest. Raises ``ModelError`` when the file is absent or not one of ours."""
+        """Reads a manifest. Raises ``ModelError`` when it is absent, ``DamagedError`` when it is not one of ours."""
         return _load(cls, path)
 
     def calibrated_with(self, threads: Sequence[int | str]) -> None:
@@ -310,7 +327,7 @@ class Plan(_Record):
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Reads a plan. Raises ``ModelError`` when the file is absent or not one of ours."""
+        """Reads a plan. Raises ``ModelError`` when it is absent, ``DamagedError`` when it is not one of ours."""
         return _load(cls, path)
 
 
@@ -385,11 +402,14 @@ class WholePipeline(_Record):
 
 
 class StageFacts(_Record):
-    """Cost of one stage; a cached stage was found again by the digest of its inputs."""
+    """Cost of one stage; a cached stage was found again by the digest of its inputs. ``notes`` are those of the
+    report's that it made.
+    """
 
     seconds: float
     peak_rss_mb: float
     cached: bool
+    notes: list[str] = Field(default_factory=list)
 
 
 class Verdict(_Record):
@@ -425,16 +445,21 @@ class Report(_Record):
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        """Reads a report. Raises ``ModelError`` when the file is absent or not one of ours."""
+        """Reads a report. Raises ``ModelError`` when it is absent, ``DamagedError`` when it is not one of ours."""
         return _load(cls, path)
 
 
+_REMEDIES = {
+    "Manifest": "run the `qdexport compile` or `quantize` that made this folder again: it makes a new one",
+    "Report": "run the `qdexport compile` that made this folder again, or `qdexport validate` of the folder",
+    "Plan": "run `qdexport build` of its folder again",
+}
+
+
 def _load(cls: type[_T], path: Path) -> _T:
-    try:
-        return cls.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist; run `qdexport compile` first, or name another folder") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ModelError(f"{path} is not a {cls.__name__.lower()} file of qdexport: {where}: {first['msg']}") from error
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; run `qdexport compile` first, or name another folder")
+    remedy = _REMEDIES[cls.__name__]
+    data = read_bytes(path, DamagedError, remedy)
+    with reading(path, DamagedError, remedy, what=f"is not a {cls.__name__.lower()} file of qdexport"):
+        return cls.model_validate_json(data)

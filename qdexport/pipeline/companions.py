@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qdexport import __version__
 from qdexport.build.audit import floating_mismatches
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, engine_files
 from qdexport.build.plan import engine_coverage
@@ -19,7 +18,7 @@ from qdexport.check.calls import sample_size
 from qdexport.check.companions import OnnxCompanion, companion_parity, try_pipeline
 from qdexport.check.engine_parity import write_golden
 from qdexport.check.onnx_denoiser import OnnxDenoiser
-from qdexport.core.companion_facts import CompanionFacts
+from qdexport.core.companion_facts import COMPANION_NAMES, CompanionFacts
 from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.results import CompanionResult, Plan
 from qdexport.emit.facts import read_companion_facts, read_network_facts
@@ -103,8 +102,7 @@ class CompanionStages:
         model = self.model()
         found = find_companions(model.loaded, model.recipe.companions)
         for note in found.notes:
-            if note not in self.workspace.report.notes:
-                self.workspace.report.notes.append(note)
+            self.workspace.note("export", note)
         return found.names
 
     def export(self) -> None:
@@ -128,11 +126,7 @@ class CompanionStages:
         names = self._exported()
         if not names:
             return
-        inputs = {
-            "onnx": tree_sha256(self.workspace.path("onnx").parent),
-            "validation": digest_of(self.model().recipe.validation.model_dump()),
-        }
-        inputs |= {str(name): tree_sha256(self._onnx(name).parent) for name in names}
+        inputs = {"validation": digest_of(self.model().recipe.validation.model_dump())}
         with self.progress.stage("validate companions"):
             self.workspace.run_stage(
                 "validate:companions", inputs, lambda: self._check(names), force="validate" in self.force
@@ -147,7 +141,6 @@ class CompanionStages:
         inputs = {
             "weights": tree_sha256(source / facts.component),
             "facts": digest_of(facts.model_dump(mode="json"), self.target.opset),
-            "tool": __version__,
         }
 
         def work() -> list[Made]:
@@ -169,11 +162,7 @@ class CompanionStages:
     def _build(self, name: CompanionName) -> None:
         path, folder = self._onnx(name), self.workspace.root / name / "engine"
         capabilities = checked_capabilities(self.target, self.model().recipe.compute_capabilities)
-        inputs = {
-            "onnx": tree_sha256(path.parent),
-            "target": self.target.name,
-            "compute_capabilities": ",".join(capabilities),
-        }
+        inputs = {"compute_capabilities": ",".join(capabilities)}
 
         def work() -> list[Made]:
             facts = read_companion_facts(path)
@@ -248,15 +237,12 @@ class CompanionStages:
 
     def _forget(self, names: tuple[CompanionName, ...]) -> None:
         """Removes what an earlier run made of networks that this one leaves out."""
-        workspace = self.workspace
-        for name in [name for name in workspace.report.companions or {} if name not in names]:
-            self._results().pop(name)
-            workspace.remove(name)
-            for stage in [stage for stage in workspace.report.stages if stage.endswith(f":{name}")]:
-                workspace.report.stages.pop(stage)
+        for stage in self.workspace.lineage.made():
+            network = stage.partition(":")[2]
+            if network in COMPANION_NAMES and network not in names:
+                self.workspace.strike(stage)
         if not names:
-            workspace.report.companions = workspace.report.whole_pipeline = None
-            workspace.report.stages.pop("validate:companions", None)
+            self.workspace.strike("validate:companions")
 
 
 def audited_layers(path: Path, facts: CompanionFacts, plan: Plan | None) -> dict[str, Any]:

@@ -149,7 +149,7 @@ class Compilation:
         if self.options.recipe.search:
             self.search()
         else:
-            self.workspace.forget("search")
+            self.workspace.strike("search")
         self.export()
         if self.options.target.module is not None:
             self.build()
@@ -166,7 +166,8 @@ class Compilation:
             "recipe": _quantize_digest(recipe),
             "ranges": tree_sha256(options.ranges) if options.ranges else "",
             "bit_plan": _file_digest(recipe.bit_plan),
-            "tool": __version__,
+            # bits that are allocated for a time or a size are those of a target
+            "allocated_for": options.target.name if recipe.bit_allocation is not None else "",
         }
         checkpoint = self.workspace.root / "checkpoint"
 
@@ -181,18 +182,22 @@ class Compilation:
                 self._model, checkpoint, with_weights=options.copy_weights, owner=self.workspace
             )
             self.workspace.manifest.calibrated_with(self._model.threads)
-            self._keep_bit_plan(recipe)
             return [Made("checkpoint", checkpoint)]
 
         with self.progress.stage("quantize"):
-            self.workspace.run_stage("quantize", inputs, work, force="quantize" in options.force)
+            if not self.workspace.run_stage("quantize", inputs, work, force="quantize" in options.force):
+                self._keep_bit_plan(recipe)
 
     def _keep_bit_plan(self, recipe: Recipe) -> None:
         """Puts an allocated plan where users look for it; ``bit_plan: OUT/bits.yaml`` feeds an edited one back."""
-        found = self.workspace.root / CALIBRATION_FOLDER / BIT_PLAN_FILE
-        if recipe.bit_allocation is not None and recipe.bit_plan is None and found.is_file():
-            with atomic_path(self.workspace.root / BIT_PLAN_FILE) as partial:
+        workspace, found = self.workspace, self.workspace.root / CALIBRATION_FOLDER / BIT_PLAN_FILE
+        allocated = recipe.bit_allocation is not None and recipe.bit_plan is None and self.options.ranges is None
+        if allocated and found.is_file():
+            path = workspace.root / BIT_PLAN_FILE
+            workspace.claim([path])
+            with atomic_path(path) as partial:
                 shutil.copyfile(found, partial)
+            workspace.record("bits", workspace.inputs("bits"), [Made("bit_plan", path)])
 
     def search(self) -> None:
         """Finds the form of every operator by building blocks, and writes ``search/``.
@@ -202,14 +207,7 @@ class Compilation:
         """
         root, options = self.workspace.root, self.options
         gpu = gpu_to_search_on(options.gpu, options.recipe.compute_capabilities)
-        inputs = {
-            "checkpoint": self.workspace.digest("checkpoint"),
-            "target": options.target.name,
-            "gpu": gpu.name,
-            "shapes": digest_of(options.recipe.shapes.model_dump()),
-            "forms": _table_digest(options),
-            "tool": __version__,
-        }
+        inputs = {"gpu": gpu.name, "forms": _table_digest(options)}
 
         def work() -> list[Made]:
             folder = root / SEARCH_FOLDER
@@ -220,7 +218,7 @@ class Compilation:
             search_network(
                 self.model, options.target, gpu, folder, root / SEARCH_CACHE, start=start, progress=self.progress
             )
-            return [Made("log", folder / SEARCH_FILE), Made("log", folder / FORMS_FILE)]
+            return [Made("log", folder / SEARCH_FILE), Made("forms", folder / FORMS_FILE)]
 
         with self.progress.stage("search"):
             self.workspace.run_stage("search", inputs, work, force="search" in options.force)
@@ -236,12 +234,9 @@ class Compilation:
         folder = self.workspace.root / "onnx"
         forms = self._forms()
         inputs = {
-            "checkpoint": self.workspace.digest("checkpoint"),
-            "target": digest_of(self.options.target.name, self.options.target.opset),
-            "shapes": digest_of(self.options.recipe.shapes.model_dump()),
+            "opset": str(self.options.target.opset),
             "passes": digest_of(*map(_pass_digest, self.options.extra_passes)),
-            "forms": tree_sha256(forms) if forms else "",
-            "tool": __version__,
+            "forms": _table_digest(self.options),
         }
 
         def work() -> list[Made]:
@@ -263,11 +258,7 @@ class Compilation:
         """Compiles the ONNX file and writes ``engine/``, and the same for the networks beside the denoiser."""
         folder = self.workspace.root / "engine"
         capabilities, note = self._capabilities()
-        inputs = {
-            "onnx": tree_sha256(self.workspace.path("onnx").parent),
-            "target": self.options.target.name,
-            "compute_capabilities": ",".join(capabilities),
-        }
+        inputs = {"compute_capabilities": ",".join(capabilities)}
 
         def work() -> list[Made]:
             build = BuildOptions(
@@ -290,14 +281,7 @@ class Compilation:
 
     def validate(self) -> None:
         """Compares every artefact with what was planned; writes ``images/`` and ``golden/``."""
-        plan = self.workspace.manifest.artifact("plan")
-        inputs = {
-            "checkpoint": self.workspace.digest("checkpoint"),
-            "onnx": tree_sha256(self.workspace.path("onnx").parent),
-            "plan": plan.sha256 if plan else "",
-            "validation": digest_of(self._validation().model_dump(), self.options.quick),
-            "tool": __version__,
-        }
+        inputs = {"validation": digest_of(self._validation().model_dump(), self.options.quick)}
         with self.progress.stage("validate"):
             self.workspace.run_stage(
                 "validate",

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from qdexport.check.outcome import verdict_of
 from qdexport.check.quality import OTHER_SEED
-from qdexport.core.results import Artifact, Plan
+from qdexport.core.results import Plan
 from qdexport.models.sampling import prompts_for
+from qdexport.pipeline.workspace import Made
 from qdexport.quant.attach import scales_by_layer
 from qdexport.report.html import ReportInputs, write_html
 
@@ -49,7 +50,5 @@ def write_report(model: QuantizedModel, workspace: Workspace) -> Path:
     path = workspace.root / "report.html"
     workspace.claim([path])
     write_html(path, inputs)
-    others = [item for item in workspace.manifest.artifacts if item.path != path.name]
-    workspace.manifest.artifacts = [*others, Artifact.of(workspace.root, path, "report", "report", {})]
-    workspace.save()
+    workspace.record("report", workspace.inputs("report"), [Made("report", path)])
     return path

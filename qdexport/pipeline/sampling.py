@@ -18,6 +18,7 @@ from qdexport.errors import ModelError
 from qdexport.models.load import load_model
 from qdexport.models.sampling import sample, schedule
 from qdexport.models.stand_ins import in_place_of_parts
+from qdexport.pipeline.lineage import check_checkpoint, check_made
 from qdexport.quant.checkpoint import load_quantized
 from qdexport.report.pictures import image_grid, to_uint8
 
@@ -79,7 +80,8 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
     """Opens a model, or an output folder of ``qdexport compile``.
 
     Raises:
-        ModelError: a denoiser was asked for that is not there.
+        ModelError: a denoiser was asked for that is not there, or its ONNX file is of another checkpoint.
+        DamagedError: a file is not what the folder's manifest says.
     """
     folder = Path(source)
     if not (folder / "manifest.json").is_file():
@@ -89,16 +91,16 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
                 f"{source} is no output folder of qdexport, so it has no {others[0]} denoiser; compile it first"
             )
         return Denoisers(loaded=load_model(source), by_kind={"fp": None}, steps=None)
+    manifest = Manifest.load(folder / "manifest.json")
+    wanted = kinds or ("quantized", "onnx")
+    if "onnx" in wanted:
+        _check_onnx(folder, manifest)
+    check_checkpoint(folder, manifest)
     quantized = load_quantized(folder / "checkpoint")
     available: dict[str, Any] = {"fp": None, "quantized": quantized.denoiser}
-    manifest = Manifest.load(folder / "manifest.json")
-    file = manifest.artifact("onnx")
-    wanted = kinds or ("quantized", *(("onnx",) if file else ()))
     facts, companions = None, {}
     if "onnx" in wanted:
-        if file is None:
-            raise ModelError(f"{folder} holds no ONNX file; run `qdexport export {folder}`")
-        path = below(folder, file.path, folder / "manifest.json")
+        path = _onnx(folder, manifest)
         facts = read_network_facts(path)
         available["onnx"] = OnnxDenoiser(path, facts.io, quantized.loaded.denoiser)
         companions = _open_companions(folder, manifest)
@@ -109,6 +111,24 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
         facts=facts,
         companions=companions,
     )
+
+
+def _check_onnx(folder: Path, manifest: Manifest) -> None:
+    """Makes sure that the ONNX files are there, whole, and those of the checkpoint."""
+    try:
+        check_made(folder, manifest, "build")
+        networks = {item.stage for item in manifest.artifacts if item.kind == "companion_onnx"}
+        for stage in sorted(networks):
+            check_made(folder, manifest, stage.replace("export:", "build:"))
+    except ModelError as error:
+        raise ModelError(f"{error}, or sample the checkpoint alone: --with quantized") from error
+
+
+def _onnx(folder: Path, manifest: Manifest) -> Path:
+    file = manifest.artifact("onnx")
+    if file is None:
+        raise ModelError(f"{folder} holds no ONNX file; run `qdexport export {folder}`")
+    return below(folder, file.path, folder / "manifest.json")
 
 
 def _open_companions(folder: Path, manifest: Manifest) -> dict[str, tuple[CompanionFacts, OnnxCompanion]]:

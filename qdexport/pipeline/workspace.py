@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qdexport import __version__
-from qdexport.core.digests import tree_sha256
+from qdexport.core.integrity import damage_of
 from qdexport.core.lock import locked, real_folder
 from qdexport.core.paths import below
 from qdexport.core.replace import sweep
 from qdexport.core.results import Artifact, ArtifactKind, Manifest, Report, StageFacts
 from qdexport.errors import ModelError
+from qdexport.pipeline.continuing import MANIFEST_FILE, REPORT_FILE, continued
+from qdexport.pipeline.lineage import Lineage, check_made, clear_results, has_results
 from qdexport.pipeline.ownership import Ownership, refuse_foreign
 
 if TYPE_CHECKING:
@@ -26,8 +28,7 @@ __all__ = ["Made", "Workspace", "settle"]
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE, REPORT_FILE, REPORT_PAGE = "manifest.json", "report.json", "report.html"
-_SECTIONS = {"build": ("engine",), "validate": ("parity", "coverage")}
+REPORT_PAGE = "report.html"
 _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -56,15 +57,19 @@ class Workspace:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, root: Path, manifest: Manifest, report: Report) -> Iterator[Workspace]:
+    def open(
+        cls, root: Path, manifest: Manifest, report: Report, *, heal: bool = False
+    ) -> Iterator[Workspace]:
         """Locks the folder, and continues from what an earlier run left there.
 
         Args:
             root: made when absent; may be a link to a folder.
             manifest: header of a new manifest; artifacts of an earlier one are taken over.
             report: header of a new report; sections of an earlier one are taken over.
+            heal: begin a new manifest where the earlier one is damaged.
 
         Raises:
+            DamagedError: the manifest is damaged, and ``heal`` is not set.
             OutputError: the folder cannot be written, another process works in it, it holds files and no manifest of
                 ours, or a link or a folder of the user's is where a stage writes.
         """
@@ -72,7 +77,7 @@ class Workspace:
         with locked(root):
             _refuse_foreign(root)
             sweep(root)
-            workspace = cls(root, *_continued(root, manifest, report))
+            workspace = cls(root, *continued(root, manifest, report, heal=heal))
             workspace._ownership.refuse_others()
             yield workspace
 
@@ -94,32 +99,102 @@ class Workspace:
         self._ownership.claim(paths)
         self.manifest.save(self.root / MANIFEST_FILE)
 
-    def remove(self, path: str) -> None:
-        """Removes what the manifest lists below a path, strikes it, and leaves everything else there."""
-        self._ownership.remove(path)
-        self._strike(lambda item: item.path == path or item.path.startswith(f"{path}/"))
+    @property
+    def lineage(self) -> Lineage:
+        """What was made from what."""
+        return Lineage(self.root, self.manifest)
 
     def is_current(self, stage: str, inputs: Mapping[str, str]) -> bool:
         """Whether a stage's artifacts and results are there, were made from these inputs, and are unchanged."""
-        if any(getattr(self.report, section) is None for section in _SECTIONS.get(stage, ())):
-            return False
-        network = stage.partition(":")[2]
-        if network and not self._knows(stage, network):
-            return False
-        made = [item for item in self.manifest.artifacts if item.stage == stage]
-        return bool(made) and all(
-            item.inputs == dict(inputs)
-            and (path := below(self.root, item.path, self.root / MANIFEST_FILE)).exists()
-            and tree_sha256(path) == item.sha256
-            for item in made
+        made = self.lineage.artifacts(stage)
+        return (
+            bool(made)
+            and has_results(self.report, stage)
+            and all(item.inputs == inputs for item in made)
+            and not any(damage_of(self.root, item) for item in made)
         )
 
-    def _knows(self, stage: str, network: str) -> bool:
-        """Whether the report has what a stage of the networks beside the denoiser found."""
-        known = self.report.companions or {}
-        if stage == "validate:companions":
-            return self.report.whole_pipeline is not None and all(item.parity is not None for item in known.values())
-        return network in known and (stage.startswith("export:") or known[network].engine is not None)
+    def run_stage(
+        self, stage: str, options: Mapping[str, str], work: Callable[[], Sequence[Made]], *, force: bool = False
+    ) -> bool:
+        """Does a stage unless it is current; returns whether it was found again.
+
+        What was made from its earlier result is struck: artifacts, their files, and what the report says about them.
+        The manifest is saved after each stage, so an interrupted run continues behind the last finished one.
+
+        Args:
+            stage: its name.
+            options: digests of what it depends on beside what it is made from.
+            work: does it.
+            force: do it in any case.
+
+        Raises:
+            ModelError: what it is made from is not there, or is itself made from something that is gone.
+            DamagedError: what it reads is not what the manifest says.
+        """
+        inputs = {**options, **self.inputs(stage), "tool": __version__}
+        if not force and self.is_current(stage, inputs):
+            known = self.report.stages.get(stage) or StageFacts(seconds=0.0, peak_rss_mb=0.0, cached=True)
+            self.report.stages[stage] = known.model_copy(update={"cached": True})
+            logger.info("%s: unchanged, found again", stage)
+            self.strike_stale()
+            return True
+        clear_results(self.report, stage)
+        before = list(self.report.notes)
+        _reset_peak()
+        started = time.perf_counter()
+        made = work()
+        self.report.stages[stage] = StageFacts(
+            seconds=round(time.perf_counter() - started, 2),
+            peak_rss_mb=round(_peak_mb(), 1),
+            cached=False,
+            notes=[note for note in self.report.notes if note not in before],
+        )
+        self.record(stage, inputs, made)
+        return False
+
+    def inputs(self, stage: str) -> dict[str, str]:
+        """Digests of what a stage is made from, whose files are there and unchanged.
+
+        Raises:
+            ModelError: something is missing, or is itself made from something that is gone.
+            DamagedError: a file that the stage reads is not what the manifest says.
+        """
+        check_made(self.root, self.manifest, stage)
+        return self.lineage.inputs(stage) or {}
+
+    def record(self, stage: str, inputs: Mapping[str, str], made: Sequence[Made]) -> None:
+        """Enters what a stage wrote in place of what it had written before, strikes what was made from that, and saves
+        report and manifest.
+        """
+        new = [Artifact.of(self.root, item.path, item.kind, stage, inputs, self.ours(item.path)) for item in made]
+        kept = {item.path for item in new}
+        for item in self.lineage.artifacts(stage):
+            if item.path not in kept:
+                self._ownership.remove(item.path)
+        self._strike(lambda item: item.stage == stage)
+        self.manifest.artifacts += new
+        self._ownership.prune()
+        self.strike_stale()
+        self.save()
+
+    def strike_stale(self) -> None:
+        """Strikes every stage whose inputs are gone or changed, and what was made from it in turn."""
+        for stage in self.lineage.made():  # in the order of making: what is struck makes what follows stale
+            if self.lineage.is_stale(stage):
+                logger.info("%s was made from something that is gone, and is removed", stage)
+                self.strike(stage)
+
+    def strike(self, stage: str) -> None:
+        """Takes what a stage made out of the manifest and the report, and removes its files; others stay."""
+        for item in self.lineage.artifacts(stage):
+            edited = item.kind == "bit_plan" and damage_of(self.root, item)  # by its user, who is invited to
+            if not edited:
+                self._ownership.remove(item.path)
+        self._strike(lambda item: item.stage == stage)
+        clear_results(self.report, stage)
+        if stage == "export":
+            self.manifest.profiles = {}
 
     def _strike(self, gone: Callable[[Artifact], bool]) -> None:
         """Takes artifacts out of the manifest; files of theirs that are still there stay known as ours."""
@@ -127,48 +202,12 @@ class Workspace:
         self.manifest.artifacts = [item for item in self.manifest.artifacts if not gone(item)]
         self._ownership.prune()
 
-    def run_stage(
-        self, stage: str, inputs: Mapping[str, str], work: Callable[[], Sequence[Made]], *, force: bool = False
-    ) -> bool:
-        """Does a stage unless it is current; returns whether it was found again.
-
-        The manifest is saved after each stage, so an interrupted run continues behind the last finished one.
-        """
-        if not force and self.is_current(stage, inputs):
-            known = self.report.stages.get(stage)
-            self.report.stages[stage] = StageFacts(
-                seconds=known.seconds if known else 0.0, peak_rss_mb=known.peak_rss_mb if known else 0.0, cached=True
-            )
-            logger.info("%s: unchanged, found again", stage)
-            return True
-        _reset_peak()
-        started = time.perf_counter()
-        made = work()
-        self.report.stages[stage] = StageFacts(
-            seconds=round(time.perf_counter() - started, 2), peak_rss_mb=round(_peak_mb(), 1), cached=False
-        )
-        self.record(stage, inputs, made)
-        return False
-
-    def record(self, stage: str, inputs: Mapping[str, str], made: Sequence[Made]) -> None:
-        """Enters what a stage wrote in place of what it had written before, and saves report and manifest."""
-        new = [self._artifact(item, stage, inputs) for item in made]
-        self._strike(lambda item: item.stage == stage)
-        self.manifest.artifacts += new
-        self._ownership.prune()
-        self.save()
-
-    def _artifact(self, made: Made, stage: str, inputs: Mapping[str, str]) -> Artifact:
-        item = Artifact.of(self.root, made.path, made.kind, stage, dict(inputs))
-        if item.files is None:
-            return item
-        ours = self.ours(made.path)
-        return item.model_copy(update={"files": [name for name in item.files if name in ours]})
-
-    def forget(self, stage: str) -> None:
-        """Takes what a stage wrote out of the manifest; its files stay."""
-        self._strike(lambda item: item.stage == stage)
-        self.report.stages.pop(stage, None)
+    def note(self, stage: str, text: str) -> None:
+        """Adds a note to the report that goes when a stage goes."""
+        if text not in self.report.notes:
+            self.report.notes.append(text)
+            unknown = StageFacts(seconds=0.0, peak_rss_mb=0.0, cached=True)
+            self.report.stages.setdefault(stage, unknown).notes.append(text)
 
     def save(self) -> None:
         """Writes report and manifest; the report's own digest in the manifest follows its contents."""
@@ -177,16 +216,9 @@ class Workspace:
             self.claim([path])
         self.report.save(path)
         artifacts = [item for item in self.manifest.artifacts if item.path != REPORT_FILE]
-        artifacts.append(Artifact.of(self.root, path, "report", "report", {}))
+        artifacts.append(Artifact.of(self.root, path, "report", "results", {}))
         self.manifest.artifacts = artifacts
         self.manifest.save(self.root / MANIFEST_FILE)
-
-    def digest(self, kind: ArtifactKind) -> str:
-        """The digest of the artifact of a kind. Raises ``ModelError`` when there is none."""
-        item = self.manifest.artifact(kind)
-        if item is None:
-            raise ModelError(f"{self.root} holds no {kind} yet; run the stage that makes it, or `qdexport compile`")
-        return item.sha256
 
     def path(self, kind: ArtifactKind) -> Path:
         """Where the artifact of a kind is. Raises ``ModelError`` when there is none."""
@@ -195,33 +227,6 @@ class Workspace:
         if path is None or not path.exists():
             raise ModelError(f"{self.root} holds no {kind}; run the stage that makes it, or `qdexport compile`")
         return path
-
-
-def _continued(root: Path, manifest: Manifest, report: Report) -> tuple[Manifest, Report]:
-    path = root / MANIFEST_FILE
-    if not path.is_file():
-        return manifest, report
-    earlier = Manifest.load(path)
-    manifest.claimed = earlier.claimed
-    if earlier.tool_version != __version__:
-        manifest.artifacts = earlier.artifacts
-        Ownership(root, manifest).keep_claims()
-        manifest.artifacts = []
-    else:
-        manifest.artifacts, manifest.profiles = earlier.artifacts, earlier.profiles
-        manifest.continues(earlier)
-        if (root / REPORT_FILE).is_file():
-            old = Report.load(root / REPORT_FILE)
-            report = report.model_copy(
-                update={
-                    name: getattr(old, name)
-                    for name in (
-                        "body", "quality", "coverage", "parity", "engine",
-                        "companions", "whole_pipeline", "stages", "notes",
-                    )
-                }
-            )
-    return manifest, report
 
 
 def _refuse_foreign(root: Path) -> None:

@@ -22,7 +22,7 @@ from qdexport.core.results import (
     Report,
     StageFacts,
 )
-from qdexport.errors import ModelError
+from qdexport.errors import DamagedError, ModelError
 
 
 def report() -> Report:
@@ -160,7 +160,7 @@ def test_an_artifact_describes_a_file_or_folder(tmp_path: Path) -> None:
 def test_a_foreign_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "report.json"
     path.write_text(text)
-    with pytest.raises(ModelError, match=message) as caught:
+    with pytest.raises(DamagedError, match=f"{message}.*; run the `qdexport compile`") as caught:
         Report.load(path)
     assert str(path) in str(caught.value)
 

@@ -53,18 +53,43 @@ def test_each_network_has_its_file_engine_and_plan(compiled):
 
 
 @pytest.mark.rtx
-def test_a_network_that_is_no_longer_asked_for_is_removed(copy, qdexport):
-    recipe = copy / "checkpoint" / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("networks: auto", "networks:\n  - text_encoder"))
+def test_a_network_that_is_no_longer_asked_for_is_removed(copy, qdexport, tiny_folder):
+    arguments = ("--recipe", "w8a8-timestep", "--companions", "text_encoder", "--out", copy, *SMALL)
+    assert qdexport("quantize", tiny_folder, *arguments).exit_code == 0
     result = qdexport("export", copy, "--json")
     assert result.exit_code == 0, result.output
     stages = json.loads(result.stdout)["stages"]
-    assert stages["export:text_encoder"]["cached"]
+    assert "export:text_encoder" in stages
     assert "export:vae_decoder" not in stages
     assert not (copy / "vae_decoder").exists()
     manifest = Manifest.load(copy / "manifest.json")
     assert not [item.path for item in manifest.artifacts if item.path.startswith("vae_decoder")]
     assert list(json.loads(result.stdout)["companions"]) == ["text_encoder"]
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("file", ["onnx/model.onnx", "engine/model.engine", "engine/plan.json"])
+def test_a_damaged_file_of_a_network_stops_the_validation(copy, qdexport, file):
+    """What it was compared with is gone: nothing is said about it."""
+    path = copy / "vae_decoder" / file
+    path.write_bytes(b"" if file.endswith("engine") else path.read_bytes()[:-1] + b"?")
+    refused(qdexport("validate", copy), 10, f"vae_decoder/{file} was changed", "qdexport ")
+    refused(qdexport("inspect", copy), 10, f"vae_decoder/{file} was changed")
+
+
+@pytest.mark.rtx
+def test_networks_that_a_new_recipe_leaves_as_they_are_stay(copy, qdexport, tiny_folder):
+    """Their engines are kept; what was compared with the old denoiser's pictures is not."""
+    arguments = ("--recipe", "w8a8-asym", "--out", copy, *SMALL)
+    assert qdexport("quantize", tiny_folder, *arguments).exit_code == 0
+    report = Report.load(copy / "report.json")
+    assert (report.parity, report.engine, report.coverage, report.quality) == (None, None, None, None)
+    assert report.whole_pipeline is None
+    assert report.companions is not None
+    assert [(item.engine is None, item.parity) for item in report.companions.values()] == [(False, None)] * 2
+    assert set(report.stages) == {"quantize", *(f"{kind}:{name}" for kind in ("export", "build") for name in NAMES)}
+    assert not list(copy.glob("*/golden")) + list(copy.glob("engine")) + list(copy.glob("images"))
+    assert (copy / "vae_decoder" / "engine" / "model.engine").is_file()
 
 
 @pytest.mark.rtx

@@ -79,6 +79,21 @@ def test_a_damaged_artifact_is_made_again(compiled, qdexport, tmp_path):
     assert (out / "engine" / "model.engine").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("how", ["emptied", "one bit", "removed"])
+def test_an_engine_that_is_not_the_one_that_was_built_stops_the_validation(compiled, qdexport, tmp_path, how):
+    out = shutil.copytree(compiled, tmp_path / "out")
+    engine = out / "engine" / "model.engine"
+    data = bytearray(engine.read_bytes())
+    data[len(data) // 2] ^= 1
+    engine.write_bytes({"emptied": b"", "removed": b""}.get(how, bytes(data)))
+    if how == "removed":
+        engine.unlink()
+    result = qdexport("validate", out)
+    assert result.exit_code == 10, result.output
+    assert "engine/model.engine" in result.output.replace("\n", "")
+    assert f"qdexport build {out}" in result.output.replace("\n", "")
+
+
 def test_sampling_with_other_steps_than_the_time_table_is_refused(compiled, qdexport, tmp_path):
     kinds = ("--with", "fp", "--with", "quantized", "--with", "onnx")
     result = qdexport("sample", compiled, *kinds, "--steps", 7, "--out", tmp_path / "pictures", "--count", 1)
