@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -23,10 +24,20 @@ from qdexport.models.sampling import (
     SampleRequest,
     prompts_for,
     record_calls,
+    sample,
 )
 from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["check_calls", "fake_quant_denoiser", "fit_inputs", "row_chunks", "sample_size", "spread", "typed_inputs"]
+__all__ = [
+    "check_calls",
+    "fake_quant_denoiser",
+    "first_call",
+    "fit_inputs",
+    "row_chunks",
+    "sample_size",
+    "spread",
+    "typed_inputs",
+]
 
 _T = TypeVar("_T")
 
@@ -84,6 +95,40 @@ def check_calls(
     steps = spread(sorted({call.step for call in recorded}), count)
     chosen = [first[batch, step] for batch in range(batches) for step in steps]
     return [replace(call, inputs=fit_inputs(call.inputs, io)) for call in chosen]
+
+
+class _Enough(Exception):  # noqa: N818  no error: it ends a sampling run early
+    """The first call has been seen."""
+
+
+def first_call(model: QuantizedModel, io: IoSpec) -> dict[str, Tensor]:
+    """The first denoiser call of the model's own sampler; random inputs without a pipeline. The denoiser does not run.
+
+    Args:
+        model: the fake-quant model.
+        io: the exported network's inputs, whose types the call has.
+    """
+    if model.loaded.pipeline is None:
+        return check_calls(model, io, 1, 0)[0].inputs
+    seen: list[dict[str, Tensor]] = []
+
+    def stop(inputs: dict[str, Tensor]) -> Tensor:
+        seen.append(inputs)
+        raise _Enough
+
+    shape = io.inputs[0].shape()
+    images = max(1, shape[0] // 2) if model.loaded.defaults.cfg else shape[0]
+    request = SampleRequest(
+        prompts=tuple(prompts_for(model.loaded, images, 0)),
+        seed=0,
+        steps=model.recipe.calibration.steps,
+        guidance_scale=model.recipe.calibration.guidance_scale,
+        batch_size=images,
+        **sample_size(io),
+    )
+    with contextlib.suppress(_Enough):
+        sample(model.loaded, request, denoiser=NamedDenoiser(stop, model.loaded.denoiser))
+    return fit_inputs(seen[0], io)
 
 
 def fake_quant_denoiser(model: QuantizedModel) -> NamedDenoiser:

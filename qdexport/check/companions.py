@@ -13,22 +13,22 @@ chance, so medians are compared, with a margin for two medians of few images.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdexport.check.calls import row_chunks
 from qdexport.check.exact import in_float32
 from qdexport.check.measure import WORST_DB, sqnr_db
 from qdexport.check.noise_floor import rounding
+from qdexport.check.peaks import LARGEST, Peaks
 from qdexport.check.session import REFERENCE, ort_errors, reference_session
 from qdexport.core.companion_facts import CompanionFacts
 from qdexport.core.results import CompanionParity, WholePipeline
@@ -46,8 +46,6 @@ Call = dict[str, Tensor]
 _FLOOR_MARGIN_DB: Final = 1.0
 # medians over a few images whose errors scatter by some 3 dB (one standard deviation), on both sides
 _IMAGES_MARGIN_DB: Final = 6.0
-_DTYPES: Final = {"fp16": torch.float16, "fp32": torch.float32}
-_LARGEST: Final = {"fp16": 65504.0, "fp32": float(np.finfo(np.float32).max)}
 _PEAK: Final = 2.0  # images lie in [-1, 1]
 _TRIALS: Final = 3
 
@@ -159,7 +157,7 @@ def companion_parity(
         most: rows that are compared.
     """
     rows = _distinct_rows(calls)[:most]
-    exact, peak = exact_function(companion), _Peak(companion.network, companion.facts.body)
+    exact, peak = exact_function(companion), Peaks(companion.network, companion.facts.body)
     distances: dict[str, tuple[list[float], list[float]]] = {
         spec.name: ([], []) for spec in companion.facts.io.outputs
     }
@@ -175,7 +173,7 @@ def companion_parity(
             floors.append(sqnr_db(_array(truth[name]), _array(noisy[name])))
     medians = [(statistics.median(ours), statistics.median(floors)) for ours, floors in distances.values()]
     sqnr, floor = min(medians, key=lambda pair: pair[0] - pair[1] if math.isfinite(pair[0]) else math.inf)
-    reasons = _reasons(companion.facts, sqnr, floor, peak.value)
+    reasons = _reasons(companion.facts, sqnr, floor, peak)
     return CompanionParity(
         reference=REFERENCE,
         calls=len(rows),
@@ -249,13 +247,15 @@ def _psnr(reference: np.ndarray, other: np.ndarray) -> float:
     return math.inf if middle == 0 else 10 * math.log10(_PEAK**2 / middle)
 
 
-def _reasons(facts: CompanionFacts, sqnr: float, floor: float, peak: float) -> list[str]:
+def _reasons(facts: CompanionFacts, sqnr: float, floor: float, peaks: Peaks) -> list[str]:
     reasons = []
-    limit = _LARGEST[facts.body]
-    if not peak <= limit:
+    beyond = peaks.first_beyond(LARGEST[facts.body])
+    if beyond is not None:
+        name, peak = beyond
+        limit = LARGEST[facts.body]
         reasons.append(
-            f"{facts.network}: an activation reaches {peak:.3g}, above {limit:g}, the largest {facts.body} number; set "
-            "companions.body to fp32"
+            f"{facts.network}: the output of {name} reaches {peak:.3g}, above {limit:g}, the largest {facts.body} "
+            "number; set companions.body to fp32"
         )
     if not sqnr >= floor - _FLOOR_MARGIN_DB:
         reasons.append(
@@ -263,61 +263,3 @@ def _reasons(facts: CompanionFacts, sqnr: float, floor: float, peak: float) -> l
             f"floor of {floor:.1f} dB"
         )
     return reasons
-
-
-class _Peak:
-    """The largest magnitude that any module of a network gives in FP32, of those whose outputs have the body's type.
-
-    Modules that an FP16 body leaves in FP32 (T5's) may exceed FP16. While :meth:`types` watches, the body computes.
-    """
-
-    def __init__(self, network: nn.Module, body: str) -> None:
-        self._network, self._dtype = network, _DTYPES[body]
-        self._peaks: dict[str, float] = {}
-        self._wide: set[str] = set()
-
-    @property
-    def value(self) -> float:
-        """NaN or infinity where any module gave one."""
-        peaks = [peak for name, peak in self._peaks.items() if name not in self._wide or not math.isfinite(peak)]
-        return math.nan if any(math.isnan(peak) for peak in peaks) else max(peaks, default=0.0)
-
-    @contextlib.contextmanager
-    def magnitudes(self) -> Iterator[None]:
-        """Watches a call in FP32."""
-
-        def see(name: str, output: Tensor) -> None:
-            low, high = torch.aminmax(output)
-            largest, before = max(abs(low.item()), abs(high.item())), self._peaks.get(name, 0.0)
-            self._peaks[name] = before if math.isnan(before) or largest < before else largest
-
-        with self._watching(see):
-            yield
-
-    @contextlib.contextmanager
-    def types(self) -> Iterator[None]:
-        """Watches a call in the body's types."""
-
-        def see(name: str, output: Tensor) -> None:
-            if output.dtype != self._dtype:
-                self._wide.add(name)
-
-        with self._watching(see):
-            yield
-
-    @contextlib.contextmanager
-    def _watching(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-        def hook(name: str) -> Callable[..., None]:
-            def watch(module: nn.Module, args: Any, output: Any) -> None:
-                del module, args
-                if isinstance(output, Tensor) and output.is_floating_point() and output.numel():
-                    see(name, output)
-
-            return watch
-
-        hooks = [module.register_forward_hook(hook(name)) for name, module in self._network.named_modules()]
-        try:
-            yield
-        finally:
-            for item in hooks:
-                item.remove()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qdexport.check.calls import fit_inputs
 from qdexport.check.exact import exact_call, exact_predictions
 from qdexport.check.measure import WORST_DB, flip_rate
+from qdexport.check.peaks import LARGEST
 from qdexport.check.runs import Feed, compare_with_onnx
 from qdexport.core.carrier import carrier_offset
 from qdexport.core.io_spec import IoSpec
@@ -126,6 +127,14 @@ class _Worst:
     codes: float = 0.0
     weight: float | None = None
     calls: int = 0
+    beyond: float | None = None
+
+    def see(self, *tensors: np.ndarray) -> None:
+        """Notes the largest number of a layer of an FP16 body, where FP16 cannot hold it."""
+        for tensor in tensors:
+            peak = float(np.abs(tensor).max(initial=0))
+            if not peak <= LARGEST["fp16"] and not (self.beyond or 0.0) >= peak:
+                self.beyond = peak
 
 
 @dataclass(slots=True)
@@ -197,7 +206,8 @@ class _Comparison:
         """Takes the input and output of a quantizer behind softmax; its values stand for its codes."""
         dtype = self._probes[name].y.dtype
         values = y.numpy(force=True)
-        self._take(name, x, values if dtype is None else values.astype(dtype.numpy()), y)
+        with np.errstate(over="ignore"):
+            self._take(name, x, values if dtype is None else values.astype(dtype.numpy()), y)
 
     def _take(self, name: str, x: Tensor, codes: np.ndarray | None, y: Tensor) -> None:
         worst = self._worst[name]
@@ -215,7 +225,10 @@ class _Comparison:
             self.finish()  # a network may call a layer twice (DiT its first block's embedding), a graph has it once
         chunk = self._chunk
         chunk.names.append(name)
-        chunk.feed[probe.x_name] = array if dtype is None else array.astype(dtype.numpy(), copy=False)
+        if dtype == ir.DataType.FLOAT16:
+            worst.see(array, output)
+        with np.errstate(over="ignore"):
+            chunk.feed[probe.x_name] = array if dtype is None else array.astype(dtype.numpy(), copy=False)
         if codes is not None:
             chunk.expected[probe.codes_name] = codes
         chunk.expected[probe.y_name] = output
@@ -257,6 +270,7 @@ class _Comparison:
                 code_flip_rate=worst.codes,
                 weight_flip_rate=worst.weight or 0.0,
                 steps=calls,
+                beyond_fp16=worst.beyond,
             )
             for name, worst in self._worst.items()
         ]
@@ -310,7 +324,8 @@ def _round_input(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 def _rounded(x: Tensor) -> Tensor:
     # by numpy: in_float32 lets torch make no FP16 tensor
-    return torch.from_numpy(x.numpy(force=True).astype(np.float16).astype(np.float32))
+    with np.errstate(over="ignore"):  # what overflows is told with its layer
+        return torch.from_numpy(x.numpy(force=True).astype(np.float16).astype(np.float32))
 
 
 def _take_weight(comparison: _Comparison, name: str, quantizer: Any, args: tuple[Tensor, ...]) -> None:

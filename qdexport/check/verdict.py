@@ -80,7 +80,10 @@ def layer_problems(layers: Sequence[LayerParity], body: str) -> list[str]:
     flips = [item for item in layers if item.code_flip_rate > FLIP_LIMIT]
     # written so that a NaN fails
     noisy = [item for item in layers if not item.sqnr_db >= least]
+    beyond = [item for item in layers if item.beyond_fp16 is not None]
+    overflow = _worst(beyond, "numbers beyond 65504, the largest of FP16, overflow the FP16 body", "beyond_fp16")
     return [
+        *(f"{sentence}; compile with --body fp32" for sentence in overflow),
         *_worst(weights, "integer weights differ", "weight_flip_rate"),
         *_worst(flips, f"more than {FLIP_LIMIT:g} of the activation codes differ", "code_flip_rate"),
         *_worst(noisy, f"the output is below {least:g} dB", "sqnr_db"),

@@ -239,7 +239,8 @@ class Coverage(_Record):
 
 class LayerParity(_Record):
     """One layer on identical inputs: the worst step. Flips are shares of differing integer codes: of the activations
-    that the layer reads, and of its weight, where a single one is a failure.
+    that the layer reads, and of its weight, where a single one is a failure. ``beyond_fp16`` is the largest number of a
+    layer of an FP16 body that overflows.
     """
 
     name: str
@@ -247,6 +248,7 @@ class LayerParity(_Record):
     code_flip_rate: float
     weight_flip_rate: float = 0.0
     steps: int = 0
+    beyond_fp16: float | None = None
 
 
 class EndToEnd(_Record):

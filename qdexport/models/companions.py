@@ -35,6 +35,7 @@ from qdexport.models.text_encoders import encoder_facts, text_encoder, why_no_en
 from qdexport.models.weights import check_weights, find_weights, read_json, variants_in
 
 __all__ = [
+    "ASKED",
     "NETWORK",
     "Companion",
     "Found",
@@ -48,6 +49,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Body = Literal["fp32", "fp16"]
+ASKED: Final = "companions.body of the recipe"  # why a network has its body, where a recipe says it
 NETWORK: Final = "network"  # where a Companion's module holds the network itself
 _DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16}
 _COMPONENTS: Final[dict[CompanionName, str]] = {
@@ -289,7 +291,7 @@ def _why_not(loaded: LoadedModel, name: CompanionName) -> str:
 
 def _body(loaded: LoadedModel, name: CompanionName, asked: str) -> tuple[Body, str]:
     if asked != "auto":
-        return cast("Body", asked), "companions.body of the recipe"
+        return cast("Body", asked), ASKED
     part = _part(loaded, name)
     # only SDXL's pipelines heed the entry, which is true by default
     if name == "vae_decoder" and hasattr(loaded.pipeline, "upcast_vae") and part.config.get("force_upcast"):  # type: ignore[union-attr]

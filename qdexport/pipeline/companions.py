@@ -17,6 +17,7 @@ from qdexport.capture.export import capture_network
 from qdexport.check.calls import sample_size
 from qdexport.check.companions import OnnxCompanion, companion_parity, try_pipeline
 from qdexport.check.engine_parity import write_golden
+from qdexport.check.half_range import why_not_half
 from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.companion_facts import COMPANION_NAMES, CompanionFacts
 from qdexport.core.digests import digest_of, tree_sha256
@@ -24,12 +25,14 @@ from qdexport.core.results import CompanionResult, Plan
 from qdexport.emit.facts import read_companion_facts, read_network_facts
 from qdexport.emit.inspect import onnx_facts
 from qdexport.emit.onnx_file import MODEL_FILE, emit
-from qdexport.errors import QdExportError
+from qdexport.errors import ModelError, QdExportError
 from qdexport.graph.runner import PassContext, run_passes
 from qdexport.models.companions import (
+    ASKED,
     NETWORK,
     Companion,
     companion_facts,
+    companion_of,
     example_companion_inputs,
     find_companions,
     load_companion,
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
     from qdexport.core.companion_facts import CompanionName
     from qdexport.core.files import Owner
+    from qdexport.core.io_spec import IoSpec
     from qdexport.core.progress import ProgressSink
     from qdexport.core.results import ArtifactKind
     from qdexport.core.target import Target
@@ -110,11 +114,48 @@ class CompanionStages:
         names = self.names()
         self._forget(names)
         denoiser = read_network_facts(self.workspace.path("onnx")).io
-        model = self.model()
-        for name in names:
-            body, shapes = model.recipe.companions.body, model.recipe.shapes
-            facts = companion_facts(model.loaded, name, denoiser, body, self.target.name, shapes)
+        for facts in [self._facts(name, denoiser) for name in names]:  # all of them before anything is made
             self._export(facts)
+
+    def _facts(self, name: CompanionName, denoiser: IoSpec) -> CompanionFacts:
+        """What a network computes in: FP16, unless its numbers do not fit.
+
+        Raises:
+            ModelError: the recipe insists on FP16.
+        """
+        model = self.model()
+        asked, shapes = model.recipe.companions.body, model.recipe.shapes
+        facts, single = (
+            companion_facts(model.loaded, name, denoiser, body, self.target.name, shapes) for body in (asked, "fp32")
+        )
+        if facts.body == "fp32":
+            return facts
+        reason = self._measured(facts)
+        if reason is None:
+            with self.progress.stage(f"measure {name}"):
+                network = companion_of(getattr(model.loaded.pipeline, facts.component), single)
+                # what leaves FP16 inside of T5 computes in FP32 by rule
+                reason = why_not_half(network, weights_alone=bool(facts.wide_modules))
+        if not reason:
+            return facts
+        if asked == "fp16":
+            raise ModelError(f"the {name} cannot compute in FP16: {reason}; set companions.body to fp32 or auto")
+        self.workspace.note("export", f"The {name} computes in FP32: {reason}.")
+        return single.model_copy(update={"why_body": reason})
+
+    def _measured(self, facts: CompanionFacts) -> str | None:
+        """Why an earlier run put the same network into FP32, empty if it did not; None if there was none."""
+        stage = f"export:{facts.network}"
+        made = next((item for item in self.workspace.manifest.artifacts if item.stage == stage), None)
+        known = self._results().get(facts.network)
+        if made is None or known is None or made.inputs.get("tool") != __version__:
+            return None
+        source, _ = self._source(facts)
+        if made.inputs.get("weights") != tree_sha256(source / facts.component):
+            return None
+        if known.body == "fp16":
+            return ""
+        return None if known.why_body == ASKED else known.why_body
 
     def build(self) -> None:
         """Writes ``OUT/<network>/engine/`` for each network."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qdexport import __version__
 from qdexport.build.engine import BuildOptions, build_engine, checked_capabilities, engine_files, require_builder
+from qdexport.check.half_range import check_denoiser_range
 from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.environment import environment_facts
 from qdexport.core.files import atomic_path
@@ -177,6 +178,7 @@ class Compilation:
             loaded = load_model(options.model, variant=options.variant)
             find_companions(loaded, recipe.companions)  # what is not there is better known now
             self._model = make_quantized(loaded, recipe, self._settings(loaded), self.progress)
+            check_denoiser_range(self._model)
             network_facts(self._model, options.target)  # a schedule that is missing is better known now
             save_quantized(
                 self._model, checkpoint, with_weights=options.copy_weights, owner=self.workspace

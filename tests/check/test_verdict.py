@@ -39,6 +39,15 @@ def test_one_bad_layer_fails_and_is_named(bad: LayerParity, reason: str) -> None
     assert parity.reasons == [reason]
 
 
+def test_an_overflow_is_named_with_its_size_and_the_remedy() -> None:
+    bad = layer("conv1", -999.0).model_copy(update={"beyond_fp16": 1.2e6})
+    first, *_ = judged(layer("a"), bad, body="fp16").reasons
+    assert first == (
+        "numbers beyond 65504, the largest of FP16, overflow the FP16 body in 1 layer: conv1 (1.2e+06); compile with "
+        "--body fp32"
+    )
+
+
 def test_half_precision_has_its_own_limit() -> None:
     assert judged(layer("a", 60.0), body="fp16").verdict == "pass"
     assert judged(layer("a", 59.9), body="fp16").verdict == "fail"
