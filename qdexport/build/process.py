@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qdexport.core.children import child_environment
 from qdexport.core.writing import scratch_folder
 from qdexport.errors import BuildError
 
@@ -100,9 +100,7 @@ def _spec(job: BuildJob, folder: Path) -> BuildSpec:
 
 
 def _start(spec: Path, log: Path) -> subprocess.Popen[bytes]:
-    # -P keeps the current folder out of the child's path; the package itself may only be there through ours
-    roots = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(root for root in roots if root)}
+    environment = child_environment()
     command = [sys.executable, "-P", "-m", "qdexport.build.child", str(spec)]
     with log.open("ab") as stream:
         try:

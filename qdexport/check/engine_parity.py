@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from qdexport.check.calls import fit_inputs
 from qdexport.check.session import ort_errors, reference_session
+from qdexport.core.children import child_environment
 from qdexport.core.files import Owner, atomic_dir
 from qdexport.core.io_spec import IoSpec
 from qdexport.core.target import Target
@@ -84,7 +84,7 @@ def engine_parity(engine: Path, golden: Path, target: Target) -> list[float]:
         )
     if not engine.is_file():
         raise ModelError(f"there is no engine {engine}; run `qdexport build` first")
-    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": _FLAVOUR[target.module]}
+    environment = child_environment(POLYGRAPHY_USE_TENSORRT_RTX=_FLAVOUR[target.module])
     command = [sys.executable, "-P", "-m", _CHILD, target.module, str(engine), *map(str, files)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]

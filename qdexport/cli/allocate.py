@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qdexport.cli.console import make_progress, print_json, say
-from qdexport.cli.options import common, overrides_of, target_option
+from qdexport.cli.options import Number, common, overrides_of, target_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +27,7 @@ def _sweep_options(function: _F) -> _F:
             "--ray", metavar="ADDRESS", help="Measure on this Ray cluster (auto, host:6379; local starts one)."
         ),
         click.option(
-            "--workers", type=click.IntRange(1),
+            "--workers", type=click.IntRange(1, 10_000),
             help="Processes on this machine, or on Ray the most tasks at once; default: one per core.",
         ),
         click.option(
@@ -100,10 +100,13 @@ Examples:
 @_sweep_options
 @target_option
 @click.option(
-    "--target-bits", type=float, metavar="BITS",
+    "--target-bits", type=Number(0, 1e6, min_open=True), metavar="BITS",
     help="Average bits per weight (or, by the objective, a share of the bytes or the time at 8 bits).",
 )  # fmt: skip
-@click.option("--activation-bits", type=float, metavar="BITS", help="Average bits per activation; default: the rules'.")
+@click.option(
+    "--activation-bits", type=Number(0, 1e6, min_open=True), metavar="BITS",
+    help="Average bits per activation; default: the rules'.",
+)  # fmt: skip
 @click.option(
     "--objective", type=click.Choice(["average_bits", "stored_bytes", "predicted_time"]),
     help="What is held within the target; default: the recipe's.",

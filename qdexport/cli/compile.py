@@ -140,7 +140,6 @@ def prepared_options(model: str, options: dict[str, Any]) -> CompileOptions:
 
     from qdexport.core.recipe import load_recipe
     from qdexport.core.target import target_named
-    from qdexport.pipeline.compilation import CompileOptions
 
     overrides = overrides_of(
         options["assignments"],
@@ -151,9 +150,12 @@ def prepared_options(model: str, options: dict[str, Any]) -> CompileOptions:
         search=options.get("search", False),
     )
     dump = options.get("dump_passes")
+    recipe = load_recipe(options["recipe"], overrides)  # before the slow imports: most mistakes are here
+    from qdexport.pipeline.compilation import CompileOptions
+
     return CompileOptions(
         model=model,
-        recipe=load_recipe(options["recipe"], overrides),
+        recipe=recipe,
         target=target_named(options["target"]),
         variant=options["variant"],
         ranges=options["ranges"],

@@ -20,6 +20,7 @@ import click
 from qdexport import __version__
 from qdexport.cli.console import json_printed, print_json, say
 from qdexport.core.reading import is_ours, reason
+from qdexport.core.shown import one_line
 from qdexport.errors import INTERRUPTED_EXIT_CODE, OutputError, QdExportError
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ def _ending(error: BaseException) -> _Ending:
         log = _write_log(error) if keep else None
         return _Ending(error.exit_code, error.kind, f"Error: {error.message}", log)
     if isinstance(error, click.UsageError):
-        hint = f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help'.\n" if error.ctx is not None else ""
-        return _Ending(error.exit_code, "usage", f"{hint}Error: {error.format_message()}")
+        hint = f"\n{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help'." if error.ctx is not None else ""
+        return _Ending(error.exit_code, "usage", f"Error: {error.format_message()}{hint}")
     if isinstance(error, click.ClickException):
         return _Ending(error.exit_code, "error", f"Error: {error.format_message()}")
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
@@ -181,6 +182,17 @@ def _quiet_warnings() -> Iterator[None]:
     def log(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         logger.info("%s: %s", category.__name__, message)
 
-    with warnings.catch_warnings():
-        warnings.showwarning = log
-        yield
+    before, logging.lastResort = logging.lastResort, _LastResort(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = log
+            yield
+    finally:
+        logging.lastResort = before
+
+
+class _LastResort(logging.Handler):
+    """What a library logs that nobody set up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(one_line(self.format(record)), err=True)

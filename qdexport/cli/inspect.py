@@ -10,6 +10,7 @@ import click
 from qdexport.cli.console import make_console, print_json
 from qdexport.cli.explain import explanation, show_explanation
 from qdexport.core.gpus import GPUS, gpu_named
+from qdexport.core.reading import reading
 from qdexport.core.shown import one_line
 from qdexport.errors import DamagedError, ModelError, QdExportError
 
@@ -59,13 +60,14 @@ def inspect(  # one argument per option
         raise click.UsageError("--plot draws predicted costs: say for which card with --gpu")
     from qdexport.core.integrity import damage_at
 
-    damage = damage_at(path)
-    try:
-        facts = _facts(path) if gpu is None else _cost_facts(path, gpu, plot)
-    except QdExportError as error:
-        if damage:
-            raise _damaged(path, damage) from error
-        raise
+    with reading(path, ModelError):
+        damage = damage_at(path)
+        try:
+            facts = _facts(path) if gpu is None else _cost_facts(path, gpu, plot)
+        except QdExportError as error:
+            if damage:
+                raise _damaged(path, damage) from error
+            raise
     if as_json:
         print_json({**facts, "damaged": damage} if damage else facts)
     else:

@@ -18,6 +18,7 @@ from qdexport.cli.passes import passes
 from qdexport.cli.recipes import recipes
 from qdexport.cli.sample import sample
 from qdexport.cli.search import search
+from qdexport.core.children import use_safe_path
 from qdexport.errors import QdExportError
 
 __all__ = ["cli", "main"]
@@ -67,6 +68,5 @@ def main() -> None:
     # Threads that spin while they wait make small networks many times slower as soon as anything else runs on the
     # machine (10 s against 1.3 s for the same denoiser calls on two busy cores). Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # No process that is started from here may import a file of the current folder, which can be a downloaded model.
-    os.environ.setdefault("PYTHONSAFEPATH", "1")
+    use_safe_path()
     sys.exit(ended(lambda: cli.main(standalone_mode=False), as_json="--json" in sys.argv[1:]))

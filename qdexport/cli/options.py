@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
+    "Number",
     "common",
     "folder_argument",
     "form_options",
@@ -26,6 +28,16 @@ __all__ = [
     "target_option",
     "worker_options",
 ]
+
+class Number(click.FloatRange):
+    """A number within a range; NaN is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number.", param, ctx)
+        return number
+
 
 _F = TypeVar("_F", bound="Callable[..., Any]")
 
@@ -106,7 +118,9 @@ def worker_options(function: _F) -> _F:
     for option in (
         click.option("--ray", metavar="ADDRESS", help="Measure sensitivities on a Ray cluster (extra [ray])."),
         click.option(
-            "--workers", type=click.IntRange(min=1), help="Processes that measure sensitivities; default: one per core."
+            "--workers",
+            type=click.IntRange(1, 10_000),
+            help="Processes that measure sensitivities; default: one per core.",
         ),
     ):
         function = option(function)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qdexport.cli.console import make_progress, print_json, say
-from qdexport.cli.options import common
+from qdexport.cli.options import Number, common
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -26,7 +26,13 @@ Examples:
 )
 @click.argument("source", metavar="MODEL_OR_OUT")
 @click.option("--prompt", "prompts", multiple=True, help="Repeatable; default: prompts that suit the model.")
-@click.option("--count", type=click.IntRange(1), default=4, show_default=True, help="Images, when no prompt is given.")
+@click.option(
+    "--count",
+    type=click.IntRange(1, 100_000),
+    default=4,
+    show_default=True,
+    help="Images, when no prompt is given.",
+)
 @click.option(
     "--with",
     "kinds",
@@ -34,10 +40,10 @@ Examples:
     type=click.Choice(["fp", "quantized", "onnx"]),
     help="Which denoisers; default: fp for a model, quantized and onnx for an output folder.",
 )
-@click.option("--steps", type=click.IntRange(1), help="Sampler steps; default: the model's or the recipe's.")
-@click.option("--guidance-scale", type=float, help="Classifier-free guidance; default: the model's.")
+@click.option("--steps", type=click.IntRange(1, 10_000), help="Sampler steps; default: the model's or the recipe's.")
+@click.option("--guidance-scale", type=Number(0, 1e6), help="Classifier-free guidance; default: the model's.")
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Noise of image i comes from seed + i."
+    "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Noise of image i comes from seed + i."
 )
 @click.option(
     "--out",

@@ -39,7 +39,7 @@ def check_width(bits: int) -> int:
 class LayerBits(BaseModel):
     """Widths of one layer; 16 and 16 leave it in floating point."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weight: int
     activation: int
@@ -72,7 +72,7 @@ class BitPlan(BaseModel):
         layers: widths by torch module path.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     schema_version: Literal[1] = 1
     model: str

@@ -19,7 +19,15 @@ import psutil
 
 from qdexport.core.target import TARGETS
 
-__all__ = ["Gpu", "Inventory", "environment_facts", "survey", "thread_count"]
+__all__ = [
+    "Gpu",
+    "Inventory",
+    "available_bytes",
+    "environment_facts",
+    "memory_bytes",
+    "survey",
+    "thread_count",
+]
 
 # what a result may depend on, in the order of the pipeline
 _RECORDED = (
@@ -85,7 +93,7 @@ def environment_facts() -> dict[str, str]:
         "processor": _processor(),
         "cpu_count": str(_processors()),
         "threads": str(thread_count()),
-        "ram_gib": f"{_memory_bytes() / 2**30:.1f}",
+        "ram_gib": f"{memory_bytes() / 2**30:.1f}",
     }
     for number, gpu in enumerate(_gpus()):
         memory = f"{gpu.memory_mib} MiB"
@@ -193,7 +201,13 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory_bytes() -> int:
+def available_bytes() -> int:
+    """Memory that this process can still have: what the system can free, within the container's limit."""
+    free = int(psutil.virtual_memory().available)
+    return min(free, max(memory_bytes() - psutil.Process().memory_info().rss, 0))
+
+
+def memory_bytes() -> int:
     """Physical memory, or what the container may use of it."""
     total = int(psutil.virtual_memory().total)
     limit = Path("/sys/fs/cgroup/memory.max")

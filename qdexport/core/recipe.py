@@ -6,7 +6,7 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,8 +37,15 @@ __all__ = [
 ]
 
 
+# a typing slip must not become a run of weeks, or of more memory than there is
+_Count = Annotated[int, Field(ge=1, le=100_000)]
+_Steps = Annotated[int, Field(ge=1, le=10_000)]
+_Size = Annotated[int, Field(ge=1, le=1_000_000)]
+_Seed = Annotated[int, Field(ge=0, le=2**62)]  # image i has seed + i, which PyTorch takes up to 2**63
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class _Matching(_Part):
@@ -121,7 +128,7 @@ class ChannelScale(_Matching):
     """
 
     kinds: tuple[Literal["conv", "linear"], ...] = ("conv",)
-    groups: int = Field(default=5, ge=1, description="equal stretches of the schedule that statistics are taken over")
+    groups: _Count = Field(default=5, description="equal stretches of the schedule that statistics are taken over")
     max_ratio: float = Field(default=10.0, gt=1, description="where r is cut off; a layer may get less (choose_ratio)")
     choose_ratio: bool = Field(
         default=True, description="per layer the cut-off, up to max_ratio, of least error of the layer's output"
@@ -144,7 +151,7 @@ class StepGroups(_Part):
     """Rows of step tables for groups of steps."""
 
     method: Literal["uniform", "clustered"] = "clustered"
-    count: int | None = Field(default=None, ge=1, description="how many groups; uniform: required, clustered: at most")
+    count: _Count | None = Field(default=None, description="how many groups; uniform: required, clustered: at most")
     budget: float = Field(
         default=0.05,
         ge=0,
@@ -180,11 +187,11 @@ class BitAllocation(_Part):
     protect_fp_share: float = Field(
         default=0.0, ge=0, lt=1, description="share of the most sensitive layers of each group left in floating point"
     )
-    images: int = Field(default=8, ge=1, description="images per measurement of a content layer")
-    calls: int = Field(default=32, ge=1, description="recorded denoiser calls per measurement of a quality layer")
-    candidate_images: int = Field(default=4, ge=1, description="images on which the plans of the scan are compared")
-    candidates: int = Field(default=12, ge=1, description="how many different plans of the scan are compared on images")
-    seed: int = Field(default=2000, ge=0)
+    images: _Count = Field(default=8, description="images per measurement of a content layer")
+    calls: _Count = Field(default=32, description="recorded denoiser calls per measurement of a quality layer")
+    candidate_images: _Count = Field(default=4, description="images on which the plans of the scan are compared")
+    candidates: _Count = Field(default=12, description="how many different plans of the scan are compared on images")
+    seed: _Seed = Field(default=2000)
 
     @model_validator(mode="after")
     def _check_patterns(self) -> Self:
@@ -196,15 +203,15 @@ class BitAllocation(_Part):
 class Calibration(_Part):
     """The run of the real sampler from which activation ranges come."""
 
-    prompts: int = Field(default=32, ge=1, description="how many prompts")
+    prompts: _Count = Field(default=32, description="how many prompts")
     prompts_file: str | None = Field(default=None, description="one prompt per line; default: the model's own")
-    batch_size: int = Field(default=16, ge=1, description="images sampled at once")
-    steps: int | None = Field(default=None, ge=1, description="default: the model's usual number")
+    batch_size: _Count = Field(default=16, description="images sampled at once")
+    steps: _Steps | None = Field(default=None, description="default: the model's usual number")
     guidance_scale: float | None = Field(default=None, ge=0, description="default: the model's usual one")
-    seed: int = Field(default=1000, ge=0)
+    seed: _Seed = Field(default=1000)
 
 
-_Sizes = int | tuple[int, int] | tuple[int, int, int]
+_Sizes = _Size | tuple[_Size, _Size] | tuple[_Size, _Size, _Size]
 
 
 class ShapeProfile(_Part):
@@ -231,7 +238,9 @@ class Shapes(_Part):
         default=False, description="inputs for the residuals of a ControlNet: down_block_res_0 and on, mid_block_res"
     )
     profiles: tuple[ShapeProfile, ...] = Field(
-        default=(), description="optimization profiles; each lies in the ranges above, a fixed size above is widened"
+        default=(),
+        max_length=32,
+        description="optimization profiles; each lies in the ranges above, a fixed size above is widened",
     )
 
     @model_validator(mode="after")
@@ -279,15 +288,15 @@ class PictureLimits(_Part):
 class Validation(_Part):
     """What is sampled and compared after the build."""
 
-    images: int = Field(default=32, ge=1)
+    images: _Count = Field(default=32)
     pictures: PictureLimits = PictureLimits()
-    seed: int = Field(default=0, ge=0)
-    parity_steps: int = Field(
+    seed: _Seed = Field(default=0)
+    parity_steps: _Steps = Field(
         default=3, ge=3, description="denoiser calls compared layer by layer: first, last and between"
     )
-    floor_seeds: int = Field(default=8, ge=1, description="seeds of the stochastic rounding behind the noise floor")
-    floor_steps: int = Field(default=4, ge=1, description="timesteps at which the noise floor is measured")
-    golden: int = Field(default=2, ge=1, description="denoiser calls stored as golden inputs and outputs")
+    floor_seeds: _Count = Field(default=8, description="seeds of the stochastic rounding behind the noise floor")
+    floor_steps: _Count = Field(default=4, description="timesteps at which the noise floor is measured")
+    golden: _Count = Field(default=2, description="denoiser calls stored as golden inputs and outputs")
 
     def quick(self) -> Validation:
         """The same with less: every layer is compared, on as many calls; what is sampled is cut to a quarter or so."""

@@ -40,7 +40,7 @@ class Granularity(StrEnum):
 class ObserverSpec(BaseModel):
     """How a range is estimated; methods.md section 5 names the kinds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["minmax", "ema_minmax", "percentile", "mse"] = "minmax"
     momentum: float = Field(default=0.95, gt=0, lt=1, description="ema_minmax: weight of the past")
@@ -57,7 +57,7 @@ class QuantSpec(BaseModel):
     a scale ``b`` in E4M3 for 16 numbers each (of an activation: made at run time) and one FP32 scale ``g`` per tensor.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     format: Literal["int", "fp8", "nvfp4"] = "int"
     bits: int = Field(ge=MIN_BITS, le=MAX_BITS, description="of a code; fp8 has 8 and nvfp4 4, which need not be said")

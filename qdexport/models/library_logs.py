@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator
 
+from qdexport.core.shown import one_line
+
 __all__ = ["quiet_libraries"]
+
+
+class _Shown(logging.Formatter):
+    """What these libraries say holds names from files, which must not drive a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 @contextlib.contextmanager
@@ -23,6 +33,9 @@ def quiet_libraries(*, progress_bars: bool = False) -> Iterator[None]:
     from transformers.utils import logging as transformers_logs
 
     libraries = (diffusers_logs, transformers_logs)
+    for library in libraries:
+        for handler in library.get_logger().handlers:
+            handler.setFormatter(_Shown())
     levels = [library.get_verbosity() for library in libraries]
     hidden = [] if progress_bars else [library for library in libraries if library.is_progress_bar_enabled()]
     try:

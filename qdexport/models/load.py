@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -28,6 +29,7 @@ from qdexport.models.denoiser_classes import (
 )
 from qdexport.models.denoiser_io import latent_size
 from qdexport.models.library_logs import quiet_libraries
+from qdexport.models.limits import check_construction, check_numbers
 from qdexport.models.loaded import LoadedModel, SamplingDefaults, WeightsDtype
 from qdexport.models.source import UNUSED_COMPONENTS, resolve_source
 from qdexport.models.weights import (
@@ -36,6 +38,7 @@ from qdexport.models.weights import (
     find_weights,
     read_json,
     stored_dtype,
+    stored_extent,
     variants_in,
 )
 
@@ -189,14 +192,31 @@ def _check_component(folder: Path, entry: list[str], variant: str | None) -> Wei
         raise ModelError(f"the component {folder.name!r} needs code from {library!r}, which is not run")
     if not folder.is_dir():
         raise ModelError(_missing_component(folder.parent, folder.name))
+    for file in (folder / "config.json", folder / "scheduler_config.json"):
+        if file.exists():
+            check_numbers(file, read_json(file))
     if any(word in class_name for word in _NO_WEIGHTS):
         if not any(folder.iterdir()):
             raise ModelError(f"the component folder {folder} is empty; download the model again")
         return None
-    read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     weights = find_weights(folder, variant if variant in variants_in(folder) else None)
     check_weights(weights)
+    check_construction(partial(_build, library, class_name, config), folder / "config.json", *stored_extent(weights))
     return weights
+
+
+def _build(library: str, class_name: str, config: dict[str, Any]) -> None:
+    """Makes a component without weights; pipelines' own classes are left to diffusers."""
+    if library == "transformers":
+        import transformers
+
+        cls = getattr(transformers, class_name)
+        cls(cls.config_class.from_dict(config))
+    elif library == "diffusers":
+        import diffusers
+
+        getattr(diffusers, class_name).from_config(config)
 
 
 def _load_denoiser(
@@ -213,8 +233,11 @@ def _load_denoiser(
         raise ModelError(f"{folder / 'config.json'}: {error}") from None
     if config.get("quantization_config") is not None:
         raise ModelError(f"{folder} is quantized already (quantization_config); start from the original weights")
+    check_numbers(folder / "config.json", config)
     weights = find_weights(folder, variant)
     check_weights(weights)
+    build = partial(cls.from_config, config)  # type: ignore[attr-defined]  # diffusers is untyped
+    check_construction(build, folder / "config.json", *stored_extent(weights))
     stored = stored_dtype(weights, strict=dtype is None)
     with reading(f"diffusers cannot load {folder}", ModelError, _REMEDY, what=""), quiet_libraries():
         denoiser, info = cls.from_pretrained(  # type: ignore[attr-defined]  # diffusers is untyped

@@ -29,8 +29,10 @@ from qdexport.core.timesteps import equal_reach
 from qdexport.errors import ModelError
 from qdexport.models import shapes
 from qdexport.models.conditions import class_labels, lacks_text_encoder, text_arguments
+from qdexport.models.denoiser_classes import config_of
 from qdexport.models.denoiser_io import named_inputs
 from qdexport.models.extra_inputs import sequence_length
+from qdexport.models.limits import check_memory
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
 from qdexport.models.schedules import scheduler_timesteps
 
@@ -294,6 +296,7 @@ def _batches(
         if on_progress is not None:
             on_progress(done, total)
 
+    _check_memory(loaded, request)
     own = getattr(pipeline, loaded.component)
     target = loaded.denoiser if denoiser is None else denoiser
     for batch, start in enumerate(range(0, len(request.prompts), request.batch_size)):
@@ -304,6 +307,21 @@ def _batches(
             with _of_the_pipeline(loaded, tap):
                 images = _to_array(pipeline(**arguments).images)
         yield images
+
+
+def _check_memory(loaded: LoadedModel, request: SampleRequest) -> None:
+    """Refuses a batch whose first activation alone, in and out, is more than the memory that is free."""
+    height, width = request.height or loaded.defaults.height, request.width or loaded.defaults.width
+    if height is None or width is None:
+        return
+    config = config_of(loaded.denoiser)
+    widths = config.get("block_out_channels") or [config.get("in_channels") or 1]
+    rows = min(request.batch_size, len(request.prompts)) * (2 if loaded.defaults.cfg else 1)
+    check_memory(
+        f"sampling {rows} latents of {height} x {width} at once",
+        2 * 4 * rows * height * width * max(int(widths[0]), 1),
+        "use a smaller batch_size, or smaller sizes (sample_size in the config, shapes in the recipe)",
+    )
 
 
 @contextlib.contextmanager

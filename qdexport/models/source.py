@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.shapes import bundled_model_path
@@ -60,6 +61,11 @@ def resolve_source(source: str | Path, variant: str | None) -> tuple[str, Path]:
     Raises:
         ModelError: Nothing is there, the path is a file or no model folder, or the hub cannot deliver.
     """
+    with reading(f"model {source}", ModelError, what="cannot be looked for"):
+        return _resolved(source, variant)
+
+
+def _resolved(source: str | Path, variant: str | None) -> tuple[str, Path]:
     text, folder = str(source), Path(source).expanduser()
     if folder.is_file():
         raise ModelError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qdexport.core.io_spec import IoSpec
+from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_io import call_denoiser
 
 __all__ = ["LayerTrace", "trace_denoiser"]
+
+_REMEDY: Final = "check the sizes in its config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,9 @@ def trace_denoiser(denoiser: nn.Module, io: IoSpec) -> dict[str, LayerTrace]:
     with torch.no_grad(), _ValueNumbers(inputs) as numbers:
         handles = [_watch(module, records, name, numbers) for name, module in layers.items()]
         try:
-            call_denoiser(without_data, inputs)
+            what = f"a {type(denoiser).__name__} of this configuration"
+            with reading(what, ModelError, _REMEDY, what="cannot be run"):
+                call_denoiser(without_data, inputs)
         finally:
             for handle in handles:
                 handle.remove()

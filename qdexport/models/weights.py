@@ -32,6 +32,7 @@ __all__ = [
     "open_safetensors",
     "read_json",
     "stored_dtype",
+    "stored_extent",
     "variants_in",
 ]
 
@@ -139,6 +140,22 @@ def stored_dtype(weights: WeightFiles, *, strict: bool = True) -> str:
             "give torch_dtype to convert them while loading, or start from the unquantized checkpoint"
         )
     return dtype
+
+
+def stored_extent(weights: WeightFiles) -> tuple[int, int]:
+    """How many tensors and how many numbers the files hold.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    tensors = numbers = 0
+    for path in weights.files:
+        if weights.pickled:
+            shapes = [tuple(tensor.shape) for tensor in _load_pickle(path).values()]
+        else:
+            shapes = [tuple(entry["shape"]) for entry in _read_header(path).values()]
+        tensors, numbers = tensors + len(shapes), numbers + sum(math.prod(shape) for shape in shapes)
+    return tensors, numbers
 
 
 def check_weights(weights: WeightFiles) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from qdexport.core.children import safe_path
 from qdexport.errors import MissingDependencyError, QdExportError
 
 __all__ = ["Job", "Workers", "map_tasks", "one_thread", "usual_workers"]
@@ -102,14 +103,15 @@ def one_thread() -> Iterator[None]:
 
 
 def _in_processes(job: Job[State, Task, Result], tasks: Sequence[Task], count: int) -> Iterator[tuple[int, Result]]:
-    pool = concurrent.futures.ProcessPoolExecutor(
-        max_workers=min(count, len(tasks)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start,
-        initargs=(job,),
-    )
-    try:
+    with safe_path():  # all processes start now, and one that watches their semaphores
+        pool = concurrent.futures.ProcessPoolExecutor(
+            max_workers=min(count, len(tasks)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start,
+            initargs=(job,),
+        )
         futures = {pool.submit(_work, task): index for index, task in enumerate(tasks)}
+    try:
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -175,3 +176,12 @@ def test_a_closed_pipe_is_no_error(capfd: pytest.CaptureFixture[str]) -> None:
         os.dup2(kept, 1)
         os.close(kept)
     assert capfd.readouterr().err == ""
+
+
+def test_what_libraries_log_is_shown_not_obeyed(capfd: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        logger = logging.Logger("some library")  # noqa: LOG001 - nobody set it up: no handler, no parent
+        logger.warning("\x1b[2J a\nError: none")
+
+    assert ended(command, as_json=False) == 0
+    assert capfd.readouterr().err == "\\x1b[2J a\\nError: none\n"
