@@ -87,7 +87,8 @@ def reason(error: BaseException) -> str:
 
 def is_ours(error: BaseException | None) -> bool:
     """Whether an exception looks like a mistake in qdexport: our own code raised it, and not about a value."""
-    if error is None or isinstance(error, OSError | ValueError | ImportError | MemoryError | QdExportError):
+    about_values = OSError | ValueError | ImportError | MemoryError | RecursionError
+    if error is None or isinstance(error, about_values) or type(error).__module__ != "builtins":
         return False
     frame: TracebackType | None = error.__traceback__
     while frame is not None and frame.tb_next is not None:
