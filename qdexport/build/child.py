@@ -1,7 +1,7 @@
 """The builder's own process: ``python -m qdexport.build.child SPEC.json``.
 
 A graph that the builder dislikes can crash it, and a large one can exhaust the memory, so it never runs in
-the compiler's process. This module imports only the standard library and the builder: what PyTorch would
+the compiler's process. This module imports little but the standard library and the builder: what PyTorch would
 occupy here is memory that the builder may need. Standard output and standard error are the build log.
 """
 
@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypedDict
 
+from qdexport.core.processes import die_with_parent
+
 __all__ = ["CANNOT_WRITE", "BuildResult", "BuildSpec", "NodeError", "peak_rss_mb"]
 
 # sysexits.h: EX_IOERR
 CANNOT_WRITE = 74
 
-_PR_SET_PDEATHSIG = 1
-_SIGKILL = 9
 _CU_COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
@@ -82,7 +82,7 @@ def main(spec_path: str) -> None:
     """
     # a crash of the builder is an expected outcome: no core file of its size
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _die_with_parent()
+    die_with_parent()  # a compiler that is killed must not leave a builder behind that fills the memory
     spec: BuildSpec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     result: BuildResult = {
         "stage": "done",
@@ -241,12 +241,6 @@ def _write(path: str, data: Any) -> None:
 def _cannot_write(message: str) -> NoReturn:
     sys.stderr.write(f"ERROR: {message}\n")
     sys.exit(CANNOT_WRITE)
-
-
-def _die_with_parent() -> None:
-    # a compiler that is killed must not leave a builder behind that fills the memory
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _SIGKILL)
 
 
 if __name__ == "__main__":

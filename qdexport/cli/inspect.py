@@ -10,6 +10,7 @@ import click
 from qdexport.cli.console import make_console, print_json
 from qdexport.cli.explain import explanation, show_explanation
 from qdexport.core.gpus import GPUS, gpu_named
+from qdexport.core.owned import refuse_overwriting
 from qdexport.core.reading import reading
 from qdexport.core.shown import one_line
 from qdexport.errors import DamagedError, ModelError, QdExportError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["inspect"]
 
 _ROWS = 15
+_CHART_MARK = b"Software\0qdexport"
+_PNG_HEAD = 4096  # bytes; a PNG file begins with what it says about itself
 _WIDTH = 44
 _COST_COLUMNS = ["microseconds", "should", "bound", "role", "type", "kilobytes", "modules"]
 
@@ -58,6 +61,8 @@ def inspect(  # one argument per option
         return
     if plot is not None and gpu is None:
         raise click.UsageError("--plot draws predicted costs: say for which card with --gpu")
+    if plot is not None:
+        refuse_overwriting(plot, _is_chart)
     from qdexport.core.integrity import damage_at
 
     with reading(path, ModelError):
@@ -126,8 +131,13 @@ def _cost_facts(path: Path, gpu: str, plot: Path | None) -> dict[str, Any]:
         raise ModelError(f"{path} has no kernel plan; --gpu needs plan.json or an output folder with an engine")
     cost = plan_cost(Plan.load(file), card)
     if plot is not None:
-        save_plan_chart(plot, cost)
+        save_plan_chart(plot.resolve(), cost)
     return cost_facts(cost)
+
+
+def _is_chart(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return _CHART_MARK in stream.read(_PNG_HEAD)
 
 
 def _folder_facts(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from qdexport.cli.recipes import recipes
 from qdexport.cli.sample import sample
 from qdexport.cli.search import search
 from qdexport.core.children import use_safe_path
+from qdexport.core.processes import end_politely
 from qdexport.errors import QdExportError
 
 __all__ = ["cli", "main"]
@@ -68,5 +69,6 @@ def main() -> None:
     # Threads that spin while they wait make small networks many times slower as soon as anything else runs on the
     # machine (10 s against 1.3 s for the same denoiser calls on two busy cores). Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    end_politely()
     use_safe_path()
     sys.exit(ended(lambda: cli.main(standalone_mode=False), as_json="--json" in sys.argv[1:]))

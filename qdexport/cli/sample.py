@@ -57,10 +57,11 @@ def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, 
     """Sample images from a model, or side by side from an output folder of `qdexport compile`.
 
     `onnx` runs every network that was compiled in ONNX Runtime: the denoiser, and the text encoders and the VAE's
-    decoder where the folder has them.
+    decoder where the folder has them. Pictures of an earlier run in that folder are replaced, files of yours never.
     """
+    from qdexport.core.owned import written_into
     from qdexport.models.sampling import SampleRequest, prompts_for
-    from qdexport.pipeline.sampling import open_denoisers, save_images
+    from qdexport.pipeline.sampling import image_names, open_denoisers, save_images
 
     progress = make_progress(options["verbose"], options["as_json"])
     denoisers = open_denoisers(source, kinds)
@@ -73,10 +74,11 @@ def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, 
     )
     denoisers.check(request)
     images: dict[str, np.ndarray] = {}
-    for kind in denoisers.kinds:
-        with progress.stage(f"sampling with {kind}"):
-            images[kind] = denoisers.sample(kind, request)
-    paths = save_images(options["out"], images, list(texts))
+    with written_into(options["out"], image_names(denoisers.kinds, len(texts))):
+        for kind in denoisers.kinds:
+            with progress.stage(f"sampling with {kind}"):
+                images[kind] = denoisers.sample(kind, request)
+        paths = save_images(options["out"], images, list(texts))
     if options["as_json"]:
         print_json({"prompts": list(texts), "images": [str(path) for path in paths]})
     elif not paths:

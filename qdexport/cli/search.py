@@ -11,6 +11,8 @@ import click
 from qdexport.cli.compile import out_folder, prepared_options, run_stages
 from qdexport.cli.console import make_console, print_json
 from qdexport.cli.options import common, form_options, out_option, recipe_options, target_option, worker_options
+from qdexport.core.owned import refuse_overwriting
+from qdexport.errors import QdExportError
 
 if TYPE_CHECKING:
     from qdexport.pipeline.compilation import Compilation
@@ -48,6 +50,8 @@ def search(model: str, **options: Any) -> None:
     """
     options["force"] = ("search",) if options["force"] else ()
     options["search"] = True
+    if options["write"] is not None:
+        refuse_overwriting(options["write"], _is_table)
     prepared = prepared_options(model, options)
     out = out_folder(prepared, options["out"])
 
@@ -60,6 +64,16 @@ def search(model: str, **options: Any) -> None:
     _results(out, options)
 
 
+def _is_table(path: Path) -> bool:
+    from qdexport.core.forms import FormTable
+
+    try:
+        FormTable.load(path)
+    except QdExportError:
+        return False
+    return True
+
+
 def _results(out: Path, options: dict[str, Any]) -> None:
     from qdexport.pipeline.compilation import SEARCH_FOLDER
     from qdexport.pipeline.search import FORMS_FILE, SEARCH_FILE, SearchFacts
@@ -69,7 +83,7 @@ def _results(out: Path, options: dict[str, Any]) -> None:
     if options["write"] is not None:
         from qdexport.core.files import atomic_path
 
-        with atomic_path(options["write"]) as partial:
+        with atomic_path(options["write"].resolve()) as partial:
             shutil.copyfile(folder / FORMS_FILE, partial)
     if options["as_json"]:
         print_json(facts.model_dump(mode="json", exclude_defaults=True))

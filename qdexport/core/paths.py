@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Final
 from qdexport.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from qdexport.errors import QdExportError
 
 __all__ = ["as_file_name", "below", "why_unsafe"]
@@ -51,7 +53,9 @@ def why_unsafe(name: str) -> str | None:
     return None
 
 
-def below(root: Path, name: str, named_by: str | Path, *, error: type[QdExportError] = ModelError) -> Path:
+def below(
+    root: Path, name: str, named_by: str | Path, *, home: Path | None = None, error: type[QdExportError] = ModelError
+) -> Path:
     """The path ``root / name``, made sure to be below ``root``, through links too.
 
     Links to the blobs of the Hugging Face cache are followed: its snapshots consist of them.
@@ -60,6 +64,7 @@ def below(root: Path, name: str, named_by: str | Path, *, error: type[QdExportEr
         root: the folder that the name is relative to.
         name: from a file.
         named_by: that file, for the message.
+        home: a folder around ``root`` that links may lead into; None: ``root`` alone.
         error: raised when the name is refused.
 
     Returns:
@@ -72,7 +77,7 @@ def below(root: Path, name: str, named_by: str | Path, *, error: type[QdExportEr
     reason = why_unsafe(name)
     if reason is None:
         path = root / PurePosixPath(name)
-        if _stays_inside(path, root):
+        if _stays_inside(path, [root] if home is None else [root, home]):
             return path
         reason = "which is a link that leaves that folder"
     raise error(
@@ -97,13 +102,13 @@ def as_file_name(text: str, otherwise: str) -> str:
     return f"_{name}" if _RESERVED.fullmatch(name) else name
 
 
-def _stays_inside(path: Path, root: Path) -> bool:
+def _stays_inside(path: Path, roots: Sequence[Path]) -> bool:
     try:
-        real, home = path.resolve(), root.resolve()
+        real, homes = path.resolve(), [root.resolve() for root in roots]
     except (OSError, RuntimeError):  # a circle of links; RuntimeError before Python 3.13
         return False
     in_cache = real.parent.name == _HUB_BLOBS and real.parent.parent.name.startswith(_HUB_REPO)
-    return real.is_relative_to(home) or (in_cache and path.is_symlink())
+    return any(map(real.is_relative_to, homes)) or (in_cache and path.is_symlink())
 
 
 def _cannot_be_encoded(name: str) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import os
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from qdexport.core.companion_facts import COMPANION_KEY, CompanionFacts
 from qdexport.core.network_facts import METADATA_KEY, NetworkFacts
+from qdexport.core.paths import below
 from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.graph.query import COMPUTE_OPS
@@ -23,7 +25,7 @@ def load_onnx(path: Path) -> ir.Model:
     """Reads an ONNX file; external weights stay on disk.
 
     Raises:
-        ModelError: the file is absent or no ONNX file.
+        ModelError: the file is absent, no ONNX file, or names data outside its folder.
     """
     if not path.exists():
         raise ModelError(f"{path} does not exist")
@@ -31,6 +33,9 @@ def load_onnx(path: Path) -> ir.Model:
         raise ModelError(f"{path} is not an ONNX file: it is a folder, a pipe or a device")
     with reading(path, ModelError, what="is not an ONNX file, or is truncated"):
         model = ir.load(path)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            below(path.parent, os.fspath(value.const_value.location), path)
     if len(model.graph) == 0:
         raise ModelError(f"{path} is not an ONNX file, or is truncated: it holds no graph")
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 import onnx_ir as ir
 
 from qdexport.core.forms import Choice, FormTable, Signature, shipped_forms
+from qdexport.core.replace import NEW
 from qdexport.core.writing import output_errors
 from qdexport.errors import GraphPassError, QdExportError
 from qdexport.graph.edit import name_everything
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from qdexport.core.spec import LayerPlan
     from qdexport.core.target import Target
 
-__all__ = ["FormPass", "GraphPass", "PassContext", "PassReport", "WhyNot", "run_passes"]
+__all__ = ["FormPass", "GraphPass", "PassContext", "PassReport", "WhyNot", "dump_names", "run_passes"]
 
 logger = logging.getLogger(__name__)
 
@@ -175,12 +177,29 @@ def run_passes(
             report.seconds,
         )
         if dump_dir is not None:
-            name = f"{index:02d}-{report.name}"
-            with output_errors(dump_dir):
-                dump_dir.mkdir(parents=True, exist_ok=True)
-                ir.save(model, dump_dir / f"{name}.onnx", external_data=f"{name}.data")
+            _dump(model, dump_dir, *_dump_names(index, report.name))
         reports.append(report)
     return reports
+
+
+def dump_names(passes: Sequence[GraphPass]) -> list[str]:
+    """The files that :func:`run_passes` writes into ``dump_dir``."""
+    return [name for index, graph_pass in enumerate(passes, 1) for name in _dump_names(index, graph_pass.name)]
+
+
+def _dump_names(index: int, name: str) -> tuple[str, str]:
+    return f"{index:02d}-{name}.onnx", f"{index:02d}-{name}.data"
+
+
+def _dump(model: ir.Model, folder: Path, graph: str, weights: str) -> None:
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=NEW, dir=folder, ignore_cleanup_errors=True) as name:
+            partial = Path(name)
+            ir.save(model, partial / graph, external_data=weights)
+            for file in (weights, graph):
+                if (partial / file).exists():
+                    (partial / file).replace(folder / file)
 
 
 def _check_order(passes: Sequence[GraphPass]) -> None:

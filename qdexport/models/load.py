@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 import torch
 from torch import nn
 
+from qdexport.core.paths import below, why_unsafe
 from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_classes import (
@@ -88,6 +89,7 @@ def _load(name: str, folder: Path, variant: str | None, dtype: torch.dtype | Non
         loaded = _loaded(name=name, folder=folder, pipeline=None, denoiser=denoiser, component=_usual_name(denoiser))
         return replace(loaded, stored_dtype=stored, variant=variant)
     index = read_json(folder / "model_index.json")
+    _check_names(folder, index)
     component = _denoiser_component(folder, index)
     if not (folder / component).is_dir():
         raise ModelError(_missing_component(folder, component))
@@ -182,6 +184,22 @@ def _missing_component(folder: Path, part: str) -> str:
     return f"{folder / 'model_index.json'} lists the component {part!r}, but there is no folder {folder / part}"
 
 
+def _check_names(folder: Path, index: dict[str, Any]) -> None:
+    """Refuses names of components that are no folders below the model's; a component's folder may be a link."""
+    for part in index:
+        reason = why_unsafe(part)
+        if reason is not None:
+            raise ModelError(f"{folder / 'model_index.json'} names the component {part!r}, {reason}")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Refuses names of further files that are not beside a tokenizer's configuration."""
+    path = folder / "tokenizer_config.json"
+    names = read_json(path).get("fast_tokenizer_files") if path.is_file() else None
+    for name in names if isinstance(names, list) else ():
+        below(folder, str(name), path)
+
+
 def _check_component(folder: Path, entry: list[str], variant: str | None) -> WeightFiles | None:
     """Checks a component that diffusers will load; returns its weight files, None when it has none."""
     with quiet_libraries():
@@ -198,6 +216,7 @@ def _check_component(folder: Path, entry: list[str], variant: str | None) -> Wei
     if any(word in class_name for word in _NO_WEIGHTS):
         if not any(folder.iterdir()):
             raise ModelError(f"the component folder {folder} is empty; download the model again")
+        _check_tokenizer(folder)
         return None
     config = read_json(folder / "config.json")
     weights = find_weights(folder, variant if variant in variants_in(folder) else None)

@@ -22,6 +22,7 @@ from typing import Any, Final
 import torch
 from safetensors import safe_open
 
+from qdexport.core.paths import below
 from qdexport.core.reading import read_json_file, reading, reason
 from qdexport.errors import ModelError
 
@@ -192,16 +193,17 @@ def _shards(index: Path) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index} has no weight_map; download the model again")
     names = sorted({str(name) for name in weight_map.values()})
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ModelError(f"{index} names the shard {outside[0]!r}, which is not a file beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    # a model's files may be links to where a tool keeps their contents, in the model's own folder
+    whole = index.parent.parent
+    home = whole if (whole / "model_index.json").is_file() else None
+    shards = tuple(below(index.parent, name, index, home=home) for name in names)
+    missing = [name for name, path in zip(names, shards, strict=True) if not path.is_file()]
     if missing:
         raise ModelError(
             f"{index} names {len(names)} shards, but {missing[0]} is not there "
             f"({len(missing)} missing); download the model again"
         )
-    return tuple(index.parent / name for name in names)
+    return shards
 
 
 def _no_weights_message(folder: Path, variant: str | None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qdexport.core.files import write_json
+from qdexport.core.owned import written_into
 from qdexport.core.recipe import BitAllocation
 from qdexport.models.load import load_model
 from qdexport.pipeline.quantize import QuantizeSettings, observe_model, plan_model
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["AllocationJob", "with_allocation", "write_bit_plan", "write_sensitivity"]
 
 _CACHE = ".calibration"
+_SENSITIVITY = ["sensitivity.json", "sensitivity.png"]
+_ALLOCATION = ["allocation.json", "allocation.png", "bits.yaml"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +70,13 @@ def write_sensitivity(job: AllocationJob, progress: ProgressSink) -> Sensitivity
         RecipeError: the recipe does not fit the model.
         ModelError: the model cannot be sampled.
     """
-    with progress.stage("calibrate"):
-        prepared = _prepare(job, progress)
-    with progress.stage("sensitivity"):
-        table = measure_sensitivity(prepared.loaded, prepared.plans, job.recipe, prepared.ranges, _run(job, progress))
-    _write_table(job, table)
+    with written_into(job.out, _SENSITIVITY):
+        with progress.stage("calibrate"):
+            prepared = _prepare(job, progress)
+        with progress.stage("sensitivity"):
+            run = _run(job, progress)
+            table = measure_sensitivity(prepared.loaded, prepared.plans, job.recipe, prepared.ranges, run)
+        _write_table(job, table)
     return table
 
 
@@ -83,14 +88,17 @@ def write_bit_plan(job: AllocationJob, progress: ProgressSink) -> BitPlan:
         ModelError: the model cannot be sampled.
     """
     checked_settings(job.recipe)  # before anything long is started
-    with progress.stage("calibrate"):
-        prepared = _prepare(job, progress)
-    with progress.stage("allocate"):
-        found = allocate(prepared.loaded, prepared.plans, job.recipe, prepared.ranges, job.target, _run(job, progress))
-    _write_table(job, found.sensitivity)
-    write_json(job.out / "allocation.json", {"schema_version": 1, "scanned": [_facts(plan) for plan in found.scanned]})
-    save_scan_chart(job.out / "allocation.png", found.scanned)
-    found.plan.save(job.out / "bits.yaml")
+    with written_into(job.out, [*_SENSITIVITY, *_ALLOCATION]):
+        with progress.stage("calibrate"):
+            prepared = _prepare(job, progress)
+        with progress.stage("allocate"):
+            run = _run(job, progress)
+            found = allocate(prepared.loaded, prepared.plans, job.recipe, prepared.ranges, job.target, run)
+        _write_table(job, found.sensitivity)
+        scanned = {"schema_version": 1, "scanned": [_facts(plan) for plan in found.scanned]}
+        write_json(job.out / "allocation.json", scanned)
+        save_scan_chart(job.out / "allocation.png", found.scanned)
+        found.plan.save(job.out / "bits.yaml")
     return found.plan
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +13,15 @@ from qdexport.build.engine import BuildOptions, build_engine, checked_capabiliti
 from qdexport.check.half_range import check_denoiser_range
 from qdexport.core.digests import digest_of, tree_sha256
 from qdexport.core.environment import environment_facts
-from qdexport.core.files import atomic_path
+from qdexport.core.files import write_text
 from qdexport.core.formats import capabilities_for
 from qdexport.core.forms import FormTable
+from qdexport.core.integrity import damage_of
+from qdexport.core.owned import written_into
 from qdexport.core.pass_log import PASS_LOG_FILE
 from qdexport.core.results import Manifest, Report
-from qdexport.errors import RecipeError
+from qdexport.errors import OutputError, RecipeError
+from qdexport.graph.runner import dump_names
 from qdexport.models.companions import find_companions
 from qdexport.models.load import load_model
 from qdexport.models.source import resolve_source
@@ -26,6 +29,7 @@ from qdexport.passes import default_passes
 from qdexport.passes.loading import load_pass, with_passes
 from qdexport.pipeline.companions import CompanionStages
 from qdexport.pipeline.lower import lower_to_onnx, model_io, network_facts
+from qdexport.pipeline.ownership import is_place
 from qdexport.pipeline.quantize import BIT_PLAN_FILE, QuantizeSettings, discard_calibration, make_quantized, plan_model
 from qdexport.pipeline.report import write_report
 from qdexport.pipeline.search import FORMS_FILE, SEARCH_FILE, gpu_to_search_on, search_network
@@ -146,6 +150,20 @@ class Compilation:
     def compile(self) -> None:
         """All stages, in order."""
         self.check()
+        with self._dumps():
+            self._compile()
+
+    def _dumps(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps the folder for the graphs of passes to this run; refuses it where it would write over files."""
+        folder, passes = self.options.dump_passes, list(default_passes())
+        if folder is None:
+            return contextlib.nullcontext()
+        if is_place(self.workspace.root, folder):
+            raise RecipeError(f"--dump-passes {folder} is a folder of the output itself; name another one")
+        extra = [load_pass(source) for source in self.options.extra_passes]
+        return written_into(folder, dump_names(with_passes(passes, extra)))
+
+    def _compile(self) -> None:
         self.quantize()
         if self.options.recipe.search:
             self.search()
@@ -173,6 +191,7 @@ class Compilation:
         checkpoint = self.workspace.root / "checkpoint"
 
         def work() -> list[Made]:
+            self._refuse_edited_plan(recipe)
             if "quantize" in options.force:
                 discard_calibration(self.workspace.root / CALIBRATION_FOLDER)
             loaded = load_model(options.model, variant=options.variant)
@@ -190,15 +209,27 @@ class Compilation:
             if not self.workspace.run_stage("quantize", inputs, work, force="quantize" in options.force):
                 self._keep_bit_plan(recipe)
 
+    def _allocates(self, recipe: Recipe) -> bool:
+        return recipe.bit_allocation is not None and recipe.bit_plan is None and self.options.ranges is None
+
+    def _refuse_edited_plan(self, recipe: Recipe) -> None:
+        """Refuses to work towards a new ``bits.yaml`` over one that its user has edited."""
+        root, item = self.workspace.root, self.workspace.manifest.artifact("bit_plan")
+        path, found = root / BIT_PLAN_FILE, root / CALIBRATION_FOLDER / BIT_PLAN_FILE
+        if not self._allocates(recipe) or item is None or not path.is_file() or not damage_of(root, item):
+            return
+        if _file_digest(str(path)) != _file_digest(str(found)):  # equal: a run was stopped before it noted the plan
+            raise OutputError(
+                f"{path} was changed since qdexport wrote it: use it with --set bit_plan={path}, or move it elsewhere"
+            )
+
     def _keep_bit_plan(self, recipe: Recipe) -> None:
         """Puts an allocated plan where users look for it; ``bit_plan: OUT/bits.yaml`` feeds an edited one back."""
         workspace, found = self.workspace, self.workspace.root / CALIBRATION_FOLDER / BIT_PLAN_FILE
-        allocated = recipe.bit_allocation is not None and recipe.bit_plan is None and self.options.ranges is None
-        if allocated and found.is_file():
+        if self._allocates(recipe) and found.is_file():
             path = workspace.root / BIT_PLAN_FILE
             workspace.claim([path])
-            with atomic_path(path) as partial:
-                shutil.copyfile(found, partial)
+            write_text(path, found.read_text(encoding="utf-8"))
             workspace.record("bits", workspace.inputs("bits"), [Made("bit_plan", path)])
 
     def search(self) -> None:

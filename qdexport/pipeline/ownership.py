@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qdexport.core.results import Manifest
 
-__all__ = ["Ownership", "refuse_foreign"]
+__all__ = ["Ownership", "is_place", "refuse_foreign"]
 
 _STAGE_FOLDERS: Final = ("checkpoint", "search", "onnx", "engine", "images", "golden")
 _NETWORK_FOLDERS: Final = ("onnx", "engine", "golden")
@@ -140,6 +140,12 @@ def refuse_foreign(root: Path) -> None:
             f"{root} is not empty and no output folder of qdexport: it holds {name!r} and no manifest.json, so nothing "
             "in it is touched; choose another --out, or an empty folder"
         )
+
+
+def is_place(root: Path, path: Path) -> bool:
+    """Whether a path is the output folder itself, or in a folder that a stage writes."""
+    real, home = path.resolve(), root.resolve()
+    return real == home or any(real.is_relative_to(home / name) for name in (*_places(), *_HIDDEN_FOLDERS))
 
 
 def _places() -> list[str]:

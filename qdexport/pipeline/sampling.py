@@ -23,7 +23,7 @@ from qdexport.quant.checkpoint import load_quantized
 from qdexport.report.pictures import image_grid, to_uint8
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
 
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from qdexport.models.loaded import LoadedModel
     from qdexport.models.sampling import SampleRequest
 
-__all__ = ["Denoisers", "open_denoisers", "save_image", "save_images"]
+__all__ = ["Denoisers", "image_names", "open_denoisers", "save_image", "save_images"]
+
+_GRID = "grid.png"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +143,11 @@ def _open_companions(folder: Path, manifest: Manifest) -> dict[str, tuple[Compan
     return found
 
 
+def image_names(kinds: Sequence[str], count: int) -> list[str]:
+    """What :func:`save_images` writes for so many images of each kind, relative to its folder."""
+    return [*(f"{kind}/{index:03d}.png" for kind in kinds for index in range(count)), _GRID]
+
+
 def save_image(path: Path, image: np.ndarray) -> None:
     """Writes one image ``[3, H, W]`` in [-1, 1] as PNG."""
     with atomic_path(path) as partial:
@@ -155,6 +162,6 @@ def save_images(folder: Path, images: Mapping[str, np.ndarray], prompts: list[st
             path = folder / kind / f"{index:03d}.png"
             save_image(path, image)
             paths.append(path)
-    grid = folder / "grid.png"
+    grid = folder / _GRID
     image_grid({kind: list(batch) for kind, batch in images.items()}, prompts, grid)
     return [*paths, grid]

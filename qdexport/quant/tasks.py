@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from qdexport.core.children import safe_path
+from qdexport.core.processes import die_with_parent
 from qdexport.errors import MissingDependencyError, QdExportError
 
 __all__ = ["Job", "Workers", "map_tasks", "one_thread", "usual_workers"]
@@ -119,6 +120,10 @@ def _in_processes(job: Job[State, Task, Result], tasks: Sequence[Task], count: i
             f"a worker process died ({error}); most often memory was short: use fewer workers. "
             "What was finished is kept, the same command continues there"
         ) from error
+    except BaseException:  # an interrupt, or a task that failed: what the others compute is not wanted any more
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -132,6 +137,7 @@ class _Worker:
 
 
 def _start(job: Job[Any, Any, Any]) -> None:
+    die_with_parent()
     torch.set_num_threads(1)
     _Worker.job = job
 

@@ -54,7 +54,7 @@ def save_plan_chart(path: Path, cost: PlanCost) -> None:
             fontsize=9,
         )
         with atomic_path(path) as partial:
-            figure.savefig(partial, format="png")
+            figure.savefig(partial, format="png", metadata={"Software": "qdexport"})
         plt.close(figure)
 
 

@@ -88,7 +88,7 @@ def test_missing_shard_is_named(tmp_path: Path) -> None:
 def test_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
     index = {"weight_map": {"weight": "../other/model.safetensors"}}
     (tmp_path / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match="not a file beside it"):
+    with pytest.raises(ModelError, match="leaves that folder"):
         find_weights(tmp_path, None)
 
 
