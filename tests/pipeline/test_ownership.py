@@ -21,16 +21,16 @@ def opened(root: Path, version: str = "") -> object:
     return Workspace.open(root, Manifest(recipe_digest="d", **header), Report(recipe="r", **header))
 
 
-def stage(workspace: Workspace, name: str, *files: str) -> None:
-    folder = workspace.root / name
+def stage(workspace: Workspace, *files: str) -> None:
+    folder = workspace.root / "checkpoint"
 
     def work() -> list[Made]:
         with atomic_dir(folder, workspace) as partial:
             for file in files:
-                write_text(partial / file, name)
-        return [Made("golden", folder)]
+                write_text(partial / file, "ours")
+        return [Made("checkpoint", folder)]
 
-    workspace.run_stage(name, {"n": str(len(files))}, work)
+    workspace.run_stage("quantize", {"n": str(len(files))}, work)
 
 
 def names(root: Path) -> list[str]:
@@ -54,29 +54,29 @@ def test_what_a_run_leaves_that_was_stopped_at_once(tmp_path: Path, name: str) -
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")
     with opened(tmp_path) as workspace:
-        stage(workspace, "golden", "a")
+        stage(workspace, "a")
 
 
 def test_files_of_the_user_stay_in_a_stages_folder(tmp_path: Path) -> None:
     with opened(tmp_path) as workspace:
-        stage(workspace, "golden", "a", "b")
-    (tmp_path / "golden" / "deep").mkdir()
-    (tmp_path / "golden" / "deep" / "mine").write_text("user")
-    (tmp_path / "golden" / "link").symlink_to("deep")
+        stage(workspace, "a", "b")
+    (tmp_path / "checkpoint" / "deep").mkdir()
+    (tmp_path / "checkpoint" / "deep" / "mine").write_text("user")
+    (tmp_path / "checkpoint" / "link").symlink_to("deep")
     with opened(tmp_path) as workspace:
-        stage(workspace, "golden", "a")
+        stage(workspace, "a")
     with opened(tmp_path) as workspace:
-        stage(workspace, "golden", "c", "d", "e")
-        assert workspace.manifest.artifacts[0].files == ["c", "d", "e"]
-        workspace.remove("golden")
+        stage(workspace, "c", "d", "e")
+        assert list(workspace.manifest.artifacts[0].files or {}) == ["c", "d", "e"]
+        workspace.strike("quantize")
         workspace.save()
-    assert names(tmp_path / "golden") == ["deep/mine"]
-    assert (tmp_path / "golden" / "link").is_symlink()
+    assert names(tmp_path / "checkpoint") == ["deep/mine"]
+    assert (tmp_path / "checkpoint" / "link").is_symlink()
 
 
 def test_a_folder_of_the_users_with_a_stages_name(tmp_path: Path) -> None:
     with opened(tmp_path) as workspace:
-        stage(workspace, "golden", "a")
+        stage(workspace, "a")
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "mine").write_text("user")
     with pytest.raises(OutputError, match=r"onnx is not of qdexport"), opened(tmp_path):
@@ -84,33 +84,38 @@ def test_a_folder_of_the_users_with_a_stages_name(tmp_path: Path) -> None:
     (tmp_path / "onnx" / "mine").unlink()
     with opened(tmp_path) as workspace:
         (tmp_path / "onnx" / "model").write_text("user")
+
+        def emit(workspace: Workspace) -> None:
+            with atomic_dir(tmp_path / "onnx", workspace) as partial:
+                (partial / "model").write_text("ours")
+
         with pytest.raises(OutputError, match=r"onnx/model is not of qdexport"):
-            stage(workspace, "onnx", "model")
+            emit(workspace)
     assert (tmp_path / "onnx" / "model").read_text() == "user"
 
 
 def test_a_run_that_was_stopped_before_its_stage_was_recorded(tmp_path: Path) -> None:
     def stop() -> None:
-        with opened(tmp_path) as workspace, atomic_dir(tmp_path / "golden", workspace) as partial:
+        with opened(tmp_path) as workspace, atomic_dir(tmp_path / "checkpoint", workspace) as partial:
             (partial / "a").write_text("1")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stop()
-    (tmp_path / "golden" / "mine").write_text("user")
+    (tmp_path / "checkpoint" / "mine").write_text("user")
     with opened(tmp_path) as workspace:
-        stage(workspace, "golden", "b")
-    assert names(tmp_path / "golden") == ["b", "mine"]
+        stage(workspace, "b")
+    assert names(tmp_path / "checkpoint") == ["b", "mine"]
 
 
 def test_what_an_older_version_wrote_is_still_ours(tmp_path: Path) -> None:
     with opened(tmp_path, "0.0.1") as workspace:
-        stage(workspace, "golden", "a")
+        stage(workspace, "a")
     with opened(tmp_path) as workspace:
-        assert workspace.manifest.artifact("golden") is None
-        (tmp_path / "golden" / "mine").write_text("user")
-        stage(workspace, "golden", "b")
-    assert names(tmp_path / "golden") == ["b", "mine"]
+        assert workspace.manifest.artifact("checkpoint") is None
+        (tmp_path / "checkpoint" / "mine").write_text("user")
+        stage(workspace, "b")
+    assert names(tmp_path / "checkpoint") == ["b", "mine"]
 
 
 @pytest.mark.parametrize("name", ["onnx", "images", "manifest.json", ".calibration", "vae_decoder", "bits.yaml"])
@@ -119,7 +124,7 @@ def test_links_in_the_place_of_a_stage(tmp_path: Path, name: str) -> None:
     other.mkdir()
     (other / "mine").write_text("user")
     with opened(root) as workspace:
-        stage(workspace, "golden", "a")
+        stage(workspace, "a")
     (root / name).unlink(missing_ok=True)
     (root / name).symlink_to(other)
     with pytest.raises(OutputError, match=r"is a link|no output folder"), opened(root):
@@ -131,9 +136,9 @@ def test_an_output_folder_that_is_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
     with opened(tmp_path / "out") as workspace:
-        stage(workspace, "golden", "a")
+        stage(workspace, "a")
     assert (tmp_path / "out").is_symlink()
-    assert (tmp_path / "disk" / "golden" / "a").is_file()
+    assert (tmp_path / "disk" / "checkpoint" / "a").is_file()
     (tmp_path / "gone").symlink_to("nowhere")
     with pytest.raises(OutputError, match="not there"), opened(tmp_path / "gone"):
         pass
@@ -142,20 +147,21 @@ def test_an_output_folder_that_is_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../victim", "/etc", "a/../../b", "onnx\\..\\x", ""])
 def test_a_manifest_that_names_what_is_outside(tmp_path: Path, name: str) -> None:
     entry = {"kind": "golden", "sha256": "x", "stage": "s"}
-    for value in ({**entry, "path": name}, {**entry, "path": "golden", "files": [name]}):
+    for value in ({**entry, "path": name}, {**entry, "path": "golden", "files": {name: "x"}}):
         with pytest.raises(ValueError, match="below the output folder"):
             Artifact.model_validate(value)
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "a").write_text("user")
     with opened(tmp_path / "out") as workspace:
-        workspace.manifest.artifacts = [Artifact(path="golden", sha256="x", stage="s", kind="golden", files=["a"])]
+        entry = Artifact(path="checkpoint", sha256="x", stage="quantize", kind="checkpoint", files={"a": "x"})
+        workspace.manifest.artifacts = [entry]
         workspace.save()
-        (tmp_path / "out" / "golden").symlink_to(victim)
+        (tmp_path / "out" / "checkpoint").symlink_to(victim)
         with pytest.raises(OutputError, match="link that leaves"):
-            workspace.remove("golden")
+            workspace.strike("quantize")
         with pytest.raises(ModelError, match="link that leaves"):
-            workspace.path("golden")
+            workspace.path("checkpoint")
     assert (victim / "a").is_file()
 
 
