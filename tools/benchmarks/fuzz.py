@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from qdexport.pipeline.lower import Lowered
     from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["Checked", "Draw", "FuzzError", "check_draw", "draw"]
+__all__ = ["Checked", "Draw", "FuzzError", "check_draw", "draw", "quantized_draw", "refuses"]
 
 # A wrong wire makes outputs independent: -3 dB. Between passes the graph has an FP32 body, where passes give the same
 # numbers but for the order of sums (above 100 dB), and less only where that flips a code. Networks of a few bits come
@@ -90,15 +90,15 @@ def check_draw(case: Draw, folder: Path, *, build: bool) -> Checked:
     """
     checked = Checked()
     try:
-        exact = _quantized(replace(case, recipe={**case.recipe, "body": "fp32"}))
+        exact = quantized_draw(replace(case, recipe={**case.recipe, "body": "fp32"}))
         captured = _captured(exact)
         _execute_passes(exact, captured, folder / "executed", checked)
-        drawn = exact if case.recipe["body"] == "fp32" else _quantized(case)
+        drawn = exact if case.recipe["body"] == "fp32" else quantized_draw(case)
         drawn_graph = captured if drawn is exact else _captured(drawn)
         for target in TARGETS.values():
             model, captured = drawn, drawn_graph
-            if _refuses(target, drawn):
-                model = _quantized(replace(case, recipe=without_blocks(case.recipe)))
+            if refuses(target, drawn):
+                model = quantized_draw(replace(case, recipe=without_blocks(case.recipe)))
                 captured = _captured(model)
             network = capture_network(model, target, captured=ir.from_proto(captured))
             lowered = lower_network(network, model, folder / target.name, default_passes())
@@ -110,7 +110,7 @@ def check_draw(case: Draw, folder: Path, *, build: bool) -> Checked:
     return checked
 
 
-def _refuses(target: Target, model: QuantizedModel) -> bool:
+def refuses(target: Target, model: QuantizedModel) -> bool:
     """Whether the table of formats has a layer of the draw that the target cannot take; the compiler must say so."""
     try:
         check_formats(model.plans, target)
@@ -122,7 +122,7 @@ def _refuses(target: Target, model: QuantizedModel) -> bool:
     return False
 
 
-def _quantized(case: Draw) -> QuantizedModel:
+def quantized_draw(case: Draw) -> QuantizedModel:
     recipe = Recipe.model_validate(case.recipe)
     denoiser = random_unet(case.model, seed=case.seed, **case.changes)
     loaded = loaded_from_denoiser(denoiser, name=case.model)
