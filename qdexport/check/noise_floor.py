@@ -74,8 +74,8 @@ def noise_floor(
     seeds: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
     exact: Sequence[np.ndarray] | None = None,
-) -> float:
-    """The noise floor in decibels: the median over all calls and seeds.
+) -> list[float]:
+    """The noise floor of each call in decibels: the median over the seeds.
 
     No second copy of the weights is made: they are widened operator by operator.
 
@@ -89,17 +89,18 @@ def noise_floor(
     """
     if exact is None:
         exact = exact_predictions(model.denoiser, [fit_inputs(call.inputs, io) for call in calls])
-    values = []
+    values: list[list[float]] = []
     for index, (call, reference) in enumerate(zip(calls, exact, strict=True)):
         inputs = fit_inputs(call.inputs, io)
+        values.append([])
         for seed in range(seeds):
             generator = torch.Generator().manual_seed(1_000 * index + seed)
             with torch.no_grad(), _Rounding(generator):
                 prediction = call_denoiser(model.denoiser, inputs)
-            values.append(sqnr_db(reference, prediction.float().numpy()))
+            values[-1].append(sqnr_db(reference, prediction.float().numpy()))
             if on_progress is not None:
-                on_progress(len(values), len(calls) * seeds)
-    return statistics.median(values)
+                on_progress(index * seeds + seed + 1, len(calls) * seeds)
+    return [statistics.median(several) for several in values]
 
 
 @contextlib.contextmanager

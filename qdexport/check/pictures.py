@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qdexport.core.recipe import PictureLimits
 
-__all__ = ["Pictures", "fall_of_alignment", "image_errors", "share_of_other_seed"]
+__all__ = ["INVISIBLE", "Pictures", "fall_of_alignment", "image_errors", "share_of_other_seed"]
 
 _CONFIDENCE: Final = 0.95
 # more pictures are asked for inside this interval: several looks at growing numbers would else err too often

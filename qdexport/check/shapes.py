@@ -18,7 +18,7 @@ from qdexport.core.results import ShapeParity
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["ShapePoint", "call_at", "shape_parity", "shape_points"]
+__all__ = ["ShapePoint", "call_at", "calls_at_shapes", "shape_parity", "shape_points"]
 
 OnProgress = Callable[[int, int], None]
 _ENDS: tuple[End, ...] = ("low", "best", "high")
@@ -31,6 +31,10 @@ class ShapePoint:
     profile: str
     end: End
     sizes: dict[str, int]
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in self.sizes.items())
+        return f"at {sizes} (profile {self.profile}, {self.end})"
 
 
 def shape_points(io: IoSpec) -> list[ShapePoint]:
@@ -61,6 +65,12 @@ def call_at(call: DenoiserCall, io: IoSpec) -> DenoiserCall:
     return replace(call, inputs=fitted)
 
 
+def calls_at_shapes(io: IoSpec, calls: Sequence[DenoiserCall]) -> list[tuple[ShapePoint, DenoiserCall]]:
+    """Every shape of :func:`shape_points` with a call of its sizes; the shapes take the calls in turn."""
+    points = enumerate(shape_points(io))
+    return [(point, call_at(calls[index % len(calls)], io.at(point.sizes))) for index, point in points]
+
+
 def shape_parity(
     model: QuantizedModel,
     onnx_path: Path,
@@ -83,10 +93,10 @@ def shape_parity(
     Raises:
         ParityError: the file does not run at one of the shapes.
     """
-    points, found, used = shape_points(io), [], []
-    for index, point in enumerate(points):
+    found, used = [], []
+    points = calls_at_shapes(io, calls)
+    for index, (point, call) in enumerate(points):
         fixed = io.at(point.sizes)
-        call = call_at(calls[index % len(calls)], fixed)
         layers = layer_parity(model, onnx_path, fixed, [call])
         exact = exact_predictions(model.denoiser, [call.inputs])
         found.append(
@@ -98,8 +108,8 @@ def shape_parity(
                 layers=len(layers),
                 sqnr_db=min(item.sqnr_db for item in layers),
                 code_flip_rate=max(item.code_flip_rate for item in layers),
-                whole_sqnr_db=end_to_end(model, onnx_path, fixed, [call], exact),
-                noise_floor_db=noise_floor(model, fixed, [call], seeds=1, exact=exact),
+                whole_sqnr_db=end_to_end(model, onnx_path, fixed, [call], exact)[0],
+                noise_floor_db=noise_floor(model, fixed, [call], seeds=1, exact=exact)[0],
                 problems=layer_problems(layers, model.body),
             )
         )

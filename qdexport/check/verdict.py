@@ -28,19 +28,16 @@ FLOOR_MARGIN_DB: Final = 1.0
 _TWO_ERRORS_DB: Final = 3.0
 _NAMED: Final = 3
 _SHOWN: Final = 6
-# One call flips other codes than one draw of its noise floor, and a single flip costs tens of decibels where that is
-# high; a size that is wrong somewhere leaves two unrelated outputs, which is 0 dB and less. Half the call's floor (in
-# decibels), at most 20 dB, lies between.
-_SHAPE_DB: Final = 20.0
 
 
-def judge(
+def judge(  # noqa: PLR0913  everything that was measured
     layers: Sequence[LayerParity],
     whole: EndToEnd,
     body: str,
     reference: str,
     shapes: Sequence[ShapeParity] = (),
     float64: Float64Parity | None = None,
+    pictures: Sequence[str] = (),
 ) -> Parity:
     """Holds measurements against the thresholds.
 
@@ -51,6 +48,7 @@ def judge(
         reference: who computed the other side.
         shapes: the ends of the optimization profiles of a network with dynamic dimensions.
         float64: tables, constants and whole calls without any rounding.
+        pictures: what is wrong with the file's pictures (:func:`qdexport.check.file_pictures.picture_problems`).
 
     Returns:
         The parity record; a failure's reasons name the worst layers.
@@ -60,6 +58,7 @@ def judge(
         reasons += float64_problems(float64)
     for shape in shapes:
         reasons += shape_problems(shape)
+    reasons += pictures
     return Parity(
         reference=reference,
         layers=list(layers),
@@ -98,14 +97,10 @@ def float64_problems(found: Float64Parity) -> list[str]:
 
 
 def shape_problems(shape: ShapeParity) -> list[str]:
-    """What is wrong at one shape: its layers, or the whole network by far more than its noise floor."""
+    """What is wrong with the layers at one shape."""
     sizes = ", ".join(f"{name} {size}" for name, size in shape.sizes.items())
     where = f"at {sizes} (profile {shape.profile}, {shape.end})"
-    found = [f"{where}: {problem}" for problem in shape.problems]
-    least = min(_SHAPE_DB, shape.noise_floor_db / 2)
-    if not shape.whole_sqnr_db >= least:
-        found.append(f"{where}: the whole network reaches {shape.whole_sqnr_db:.1f} dB, less than {least:.1f} dB")
-    return found
+    return [f"{where}: {problem}" for problem in shape.problems]
 
 
 def engine_problems(sqnr_db: Sequence[float], noise_floor_db: float) -> list[str]:

@@ -294,7 +294,7 @@ class Validation(_Part):
     parity_steps: _Steps = Field(
         default=3, ge=3, description="denoiser calls compared layer by layer: first, last and between"
     )
-    floor_seeds: _Count = Field(default=8, description="seeds of the stochastic rounding behind the noise floor")
+    floor_seeds: _Count = Field(default=2, description="sampling runs in which the noise floor is measured")
     floor_steps: _Count = Field(default=4, description="timesteps at which the noise floor is measured")
     golden: _Count = Field(default=2, description="denoiser calls stored as golden inputs and outputs")
 

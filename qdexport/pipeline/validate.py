@@ -12,11 +12,12 @@ from qdexport.build.storage import engine_weight_types, storage_mismatches
 from qdexport.build.sums import half_precision_sums
 from qdexport.check.calls import check_calls
 from qdexport.check.engine_parity import write_golden
+from qdexport.check.file_pictures import picture_problems
 from qdexport.check.float64.parity import float64_parity
 from qdexport.check.parity import layer_parity
 from qdexport.check.quality import compare_quality
 from qdexport.check.session import REFERENCE
-from qdexport.check.shapes import shape_parity
+from qdexport.check.shapes import calls_at_shapes, shape_parity
 from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
 from qdexport.core.files import atomic_dir
@@ -71,18 +72,17 @@ def validate(
     with _counted(progress, "parity, layer by layer") as advance:
         layers = layer_parity(model, onnx_path, facts.io, calls, advance)
     with _counted(progress, "tables and tensors in float64") as advance:
-        float64 = float64_parity(model, onnx_path, facts, calls, advance)
+        float64 = float64_parity(model, onnx_path, facts, calls, calls_at_shapes(facts.io, calls), advance)
     with _counted(progress, "whole network and noise floor") as advance:
         whole = whole_network(model, onnx_path, facts.io, advance)
     with _counted(progress, "parity at every shape") as advance:
         shapes, at_shapes = shape_parity(model, onnx_path, facts.io, calls, advance)
-    report.parity = judge(layers, whole, model.body, REFERENCE, shapes, float64)
-    report.parity.quick = quick
-
     golden = workspace.root / "golden"
     write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes], workspace)
     made = [Made("golden", golden)]
-    images = _images(model, onnx_path, facts.io, workspace, progress)
+    images, pictures = _images(model, onnx_path, facts.io, workspace, progress)
+    report.parity = judge(layers, whole, model.body, REFERENCE, shapes, float64, pictures)
+    report.parity.quick = quick
     return [*made, Made("images", images)] if images else made
 
 
@@ -164,20 +164,21 @@ def _storage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None) -> di
 
 def _images(
     model: QuantizedModel, onnx_path: Path, io: IoSpec, workspace: Workspace, progress: ProgressSink
-) -> Path | None:
+) -> tuple[Path | None, list[str]]:
+    """Writes pictures; returns their folder, and what is wrong with those of the file."""
     validation = model.recipe.validation
     quality, images = compare_quality(model, onnx_path, io, partial(_counted, progress))
     workspace.report.quality = quality
     if quality is None:
         _note(workspace, "No images: the model came without a pipeline that samples it.")
-        return None
+        return None, []
     if model.loaded.evaluator is not None and quality.fp.alignment is None:
         size = " x ".join(map(str, images["fp"].shape[-2:]))
         _note(workspace, f"The evaluator of {model.loaded.name} reads no images of {size}: they have no alignment.")
     folder = workspace.root / "images"
     with atomic_dir(folder, workspace) as fresh:
         save_images(fresh, images, prompts_for(model.loaded, validation.images, validation.seed))
-    return folder
+    return folder, picture_problems(images)
 
 
 def _note(workspace: Workspace, text: str) -> None:

@@ -170,11 +170,11 @@ def test_a_file_that_is_not_there(static: Compiled, tmp_path: Path) -> None:
         layer_parity(static.model, tmp_path / "model.onnx", static.io, static.calls)
 
 
-def test_end_to_end_is_the_median_over_calls(static: Compiled) -> None:
-    single = [end_to_end(static.model, static.path, static.io, [call]) for call in static.calls]
-    assert end_to_end(static.model, static.path, static.io, static.calls) == sorted(single)[1]
+def test_end_to_end_is_one_number_for_each_call(static: Compiled) -> None:
+    numbers = end_to_end(static.model, static.path, static.io, static.calls)
+    assert end_to_end(static.model, static.path, static.io, static.calls[1:2]) == numbers[1:2]
     # a flipped code costs this network no more than half its digits
-    assert min(single) > 20
+    assert min(numbers) > 20
 
 
 def test_end_to_end_sees_what_no_layer_shows(static: Compiled, changed: Change) -> None:
@@ -183,4 +183,4 @@ def test_end_to_end_sees_what_no_layer_shows(static: Compiled, changed: Change) 
         name = next(item.name for item in proto.graph.initializer if item.name.startswith("time_table/rows"))
         set_constant(proto, name, constant(proto, name) + np.float32(1))
 
-    assert end_to_end(static.model, changed(edit), static.io, static.calls) < 10
+    assert max(end_to_end(static.model, changed(edit), static.io, static.calls)) < 10

@@ -149,9 +149,6 @@ def shape(**changes: object) -> ShapeParity:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"whole_sqnr_db": 19.0}, "the whole network reaches 19.0 dB, less than 20.0 dB"),
-        ({"whole_sqnr_db": 6.0, "noise_floor_db": 14.0}, "the whole network reaches 6.0 dB, less than 7.0 dB"),
-        ({"whole_sqnr_db": float("nan")}, "the whole network reaches nan dB, less than 20.0 dB"),
         ({"problems": ["integer weights differ in 1 layer"]}, "integer weights differ in 1 layer"),
     ],
 )

@@ -69,12 +69,14 @@ class Difference:
             ``shared`` for a tensor that the file gives to two layers and PyTorch does not.
         found: how far they are apart; of codes, their share that differs is ``found.worst``.
         suspects: the modules whose operators lie between this tensor and the last ones that were equal.
+        call: which call it was, where that is worth saying.
     """
 
     place: str
     what: str
     found: Distance
     suspects: tuple[str, ...] = ()
+    call: str = ""
 
 
 @dataclass(slots=True)
@@ -128,6 +130,7 @@ class Float64Network:
         self.pairings: list[Pairing] = []
         self._equal: dict[ir.Value, Any] = {}
         self._done: set[str] = set()
+        self._label = ""
         self.seen = Seen()
 
     def _kept(self) -> Iterator[ir.Value]:
@@ -137,13 +140,13 @@ class Float64Network:
             if probe.codes is not None:
                 yield probe.codes
 
-    def call(self, inputs: Mapping[str, Tensor]) -> None:
-        """Compares one call, whose inputs have the types and sizes of the file's.
+    def call(self, inputs: Mapping[str, Tensor], label: str = "") -> None:
+        """Compares one call, whose inputs have the types and sizes of the file's; differences say its label.
 
         Raises:
             ParityError: an operator of the file cannot be executed.
         """
-        self._equal, self._done = {}, set()
+        self._equal, self._done, self._label = {}, set(), label
         self.run.start(float64_inputs(inputs))
         for pairing in self.pairings:
             self._force_conditions(pairing, inputs)
@@ -261,7 +264,7 @@ class Float64Network:
             seen.worst, seen.where = found.worst, f"{name} ({what})"
         if not found.worst <= tolerance:
             suspects = self._suspects(value) if what != "codes" else ()
-            seen.differences.append(Difference(place=name, what=what, found=found, suspects=suspects))
+            seen.differences.append(Difference(place=name, what=what, found=found, suspects=suspects, call=self._label))
 
     def _suspects(self, value: ir.Value) -> tuple[str, ...]:
         """Modules between a tensor and those that were compared before it, in the graph's order."""

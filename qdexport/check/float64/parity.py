@@ -14,6 +14,7 @@ from qdexport.check.float64.graph import SCALE_ROUNDINGS, attention_scales
 from qdexport.check.float64.network import Difference, Float64Network, Tolerances
 from qdexport.check.float64.ops import UnsupportedError
 from qdexport.check.float64.tables import check_tables
+from qdexport.check.shapes import ShapePoint
 from qdexport.core.network_facts import NetworkFacts
 from qdexport.core.results import Float64Parity
 from qdexport.errors import ParityError
@@ -47,6 +48,7 @@ def float64_parity(
     onnx_path: Path,
     facts: NetworkFacts,
     calls: Sequence[DenoiserCall],
+    shapes: Sequence[tuple[ShapePoint, DenoiserCall]] = (),
     on_progress: OnProgress | None = None,
 ) -> Float64Parity:
     """Compares constants and tables, all rows, and whole denoiser calls tensor by tensor.
@@ -56,6 +58,7 @@ def float64_parity(
         onnx_path: the emitted file.
         facts: what it says about itself.
         calls: denoiser calls; a large network takes the first of them alone.
+        shapes: calls at other sizes (:func:`qdexport.check.shapes.calls_at_shapes`).
         on_progress: called with the work done and its total.
 
     Returns:
@@ -69,7 +72,8 @@ def float64_parity(
     network = Float64Network(model, onnx_path, facts.io, TOLERANCES[model.body])
     size = sum(parameter.numel() for parameter in model.denoiser.parameters())
     inputs = [fit_inputs(call.inputs, facts.io) for call in calls[: 1 if size > _LARGE_PARAMETERS else None]]
-    total = len(inputs) + 1
+    work = [("", item) for item in inputs] + [(str(point), call.inputs) for point, call in shapes]
+    total = len(work) + 1
     result = Float64Parity(calls=0, tensors=0, sqnr_db=float("inf"))
     result.problems += _constants(network, model.denoiser)
     try:
@@ -77,10 +81,10 @@ def float64_parity(
         result.rows, result.notes = tables.rows, tables.notes
         result.problems += tables.problems
         network.pairings = tables.pairings
-        for done, call in enumerate(inputs):
+        for done, (label, call) in enumerate(work):
             if on_progress is not None:
                 on_progress(done + 1, total)
-            network.call(call)
+            network.call(call, label)
             result.calls += 1
     except UnsupportedError as error:
         result.notes.append(f"{error}; layers are compared in ONNX Runtime alone")
@@ -100,7 +104,7 @@ def _sentences(differences: Sequence[Difference]) -> list[str]:
         known = worst.setdefault((item.place, item.what), item)
         if item.found.worst > known.found.worst:
             worst[item.place, item.what] = item
-    return [_sentence(item) for item in worst.values()]
+    return [f"{item.call}: {_sentence(item)}" if item.call else _sentence(item) for item in worst.values()]
 
 
 def _sentence(item: Difference) -> str:
