@@ -185,6 +185,7 @@ class Compilation:
             "recipe": _quantize_digest(recipe),
             "ranges": tree_sha256(options.ranges) if options.ranges else "",
             "bit_plan": _file_digest(recipe.bit_plan),
+            "prompts": _file_digest(recipe.calibration.prompts_file),
             # bits that are allocated for a time or a size are those of a target
             "allocated_for": options.target.name if recipe.bit_allocation is not None else "",
         }

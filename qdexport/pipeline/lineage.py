@@ -105,15 +105,16 @@ _BY_NAME: Final = {stage.name: stage for stage in STAGES}
 
 
 def stage_named(name: str) -> Stage:
-    """The stage that has a name, or stands for it."""
+    """The stage that has a name, or stands for it; one of which nothing is known for any other name."""
     if name in _BY_NAME:
         return _BY_NAME[name]
-    return _BY_NAME[f"{name.partition(':')[0]}{_NETWORK}"]
+    return _BY_NAME.get(f"{name.partition(':')[0]}{_NETWORK}", Stage(name=name))
 
 
 def order_of(name: str) -> int:
     """The place of a stage in the order in which they can be made."""
-    return STAGES.index(stage_named(name))
+    stage = stage_named(name)
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 class Lineage:

@@ -18,7 +18,7 @@ from qdexport.core.replace import sweep
 from qdexport.core.results import Artifact, ArtifactKind, Manifest, Report, StageFacts
 from qdexport.errors import ModelError
 from qdexport.pipeline.continuing import MANIFEST_FILE, REPORT_FILE, continued
-from qdexport.pipeline.lineage import Lineage, check_made, clear_results, has_results
+from qdexport.pipeline.lineage import Lineage, check_made, clear_results, has_results, order_of
 from qdexport.pipeline.ownership import Ownership, refuse_foreign
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ class Workspace:
         self._strike(lambda item: item.stage == stage)
         self.manifest.artifacts += new
         self._ownership.prune()
+        self.report.stages = dict(sorted(self.report.stages.items(), key=lambda item: order_of(item[0])))
         self.strike_stale()
         self.save()
 

@@ -268,6 +268,15 @@ def test_an_older_file_is_no_file_of_this_checkpoint(made: tuple[Path, Manifest]
         check_made(root, manifest, "build")
 
 
+def test_a_stage_of_a_manifest_from_elsewhere(made: tuple[Path, Manifest]) -> None:
+    root, manifest = made
+    write(root / "a", "")
+    for stage in ("mystery", "mystery:x", "build:x"):
+        manifest.artifacts.append(Artifact.of(root, root / "a", "log", stage, {}))
+    assert stale(root, manifest) == {"build:x", "report"}
+    clear_results(Report(tool_version="1", model="m", recipe="r", target="t"), "mystery")
+
+
 def test_what_comes_next(made: tuple[Path, Manifest]) -> None:
     root, manifest = made
     assert next_command(root, manifest, builds=True) is None
