@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-__all__ = ["WORST_DB", "flip_rate", "sqnr_db"]
+__all__ = ["WORST_DB", "decibels", "flip_rate", "sqnr_db"]
 
 # stands for "not comparable": a value is NaN or infinite, or there is noise without a signal
 WORST_DB = -999.0
@@ -35,6 +35,13 @@ def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
         signal += float(np.vdot(a, a))
         np.subtract(a, b, out=b)
         noise += float(np.vdot(b, b))
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)`` of two sums of squares: infinity without noise, ``WORST_DB`` without a signal or
+    where one is not finite.
+    """
     if noise == 0.0:
         return math.inf
     if not math.isfinite(noise) or not math.isfinite(signal) or signal == 0.0:

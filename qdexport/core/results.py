@@ -20,11 +20,15 @@ __all__ = [
     "Artifact",
     "CompanionParity",
     "CompanionResult",
+    "Cost",
+    "CostSide",
     "Coverage",
     "EndToEnd",
     "EngineFacts",
     "Float64Parity",
     "KernelFact",
+    "LayerError",
+    "LayerErrors",
     "LayerParity",
     "Manifest",
     "Margin",
@@ -300,6 +304,46 @@ class Parity(_Record):
     reasons: list[str] = Field(default_factory=list)
 
 
+class LayerError(_Record):
+    """What quantizing one layer does to the denoiser's output: ``alone_db`` with everything else in floating point, and
+    its ``share`` of the error that all quantized layers make together; ``own_db`` is that of the layer's own output.
+    """
+
+    name: str
+    alone_db: Decibel
+    own_db: Decibel
+    share: float | None = None
+    weight_share: float
+    advice: str
+
+
+class LayerErrors(_Record):
+    """The quantized layers by the error that they make, the largest first; ``explained`` is the sum of their shares."""
+
+    method: Literal["first order", "local"]
+    calls: int
+    whole_db: Decibel
+    explained: float | None = None
+    layers: list[LayerError]
+
+
+class CostSide(_Record):
+    """One denoiser call: bytes of weights, bytes that kernels read and write, and the roofline's time: a bound."""
+
+    weight_bytes: int
+    moved_bytes: int
+    microseconds: float
+
+
+class Cost(_Record):
+    """The weighted layers in FP16 and as quantized, both from their shapes; ``plan`` has all kernels of the engine."""
+
+    gpu: str
+    fp16: CostSide
+    quantized: CostSide
+    plan: CostSide | None = None
+
+
 class KernelFact(_Record):
     """One entry of the compiled plan. ``modules`` are the torch module paths it came from, ``profile`` is the number of
     the optimization profile that it was made for.
@@ -435,6 +479,8 @@ class Report(_Record):
     quality: Quality | None = None
     coverage: Coverage | None = None
     parity: Parity | None = None
+    layer_errors: LayerErrors | None = None
+    cost: Cost | None = None
     engine: EngineFacts | None = None
     companions: dict[CompanionName, CompanionResult] | None = None
     whole_pipeline: WholePipeline | None = None
