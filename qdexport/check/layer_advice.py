@@ -86,10 +86,11 @@ def ranges_of(layer: Any, splits: tuple[int, ...] = ()) -> LayerRanges:
     return found
 
 
-def advice(plan: LayerPlan, ranges: LayerRanges, weight_share: float, *, rows: int) -> str:
-    """One sentence: what dominates the layer's error, and the first change that at least halves it.
+def advice(plan: LayerPlan, ranges: LayerRanges, weight_share: float, *, rows: int) -> tuple[str, str]:
+    """What to change in the recipe, and a sentence that says why.
 
-    Changes that cost nothing at run time come first, then those that cost a multiplication, then wider codes.
+    The first change is named that at least halves the layer's error. Those that cost nothing at run time come first,
+    then those that cost a multiplication, then wider codes.
 
     Args:
         plan: how the layer is quantized.
@@ -97,46 +98,46 @@ def advice(plan: LayerPlan, ranges: LayerRanges, weight_share: float, *, rows: i
         weight_share: of the layer's error, 0 to 1; the rest is its input's.
         rows: of the table of its input's scales; 1 where all steps share one.
     """
-    weight, inputs = weight_share, 1 - weight_share
-    what = f"{round(100 * weight)} % weight, {round(100 * inputs)} % input: "
-    for left, text in _changes(plan, ranges, (weight, inputs), rows):
+    parts = f"{round(100 * weight_share)} % of it is its weight's, {round(100 * (1 - weight_share))} % its input's"
+    for left, change, why in _changes(plan, ranges, weight_share, rows):
         if left <= _WORTH:
-            return what + text
-    return what + "leave it in floating point (a rule with `weight: null`)"
+            return change, f"{parts}: {why}, which leaves {left:.0%}"
+    return "floating point", f"{parts}: leave the layer in floating point (a rule without weight and activation)"
 
 
 def _changes(
-    plan: LayerPlan, ranges: LayerRanges, parts: tuple[float, float], rows: int
-) -> Iterable[tuple[float, str]]:
-    """Each change with the part of the error that it leaves."""
-    weight, inputs = parts
-    if ranges.now > 0 and rows == 1:
-        left, span = ranges.per_step / ranges.now, ranges.highs / max(ranges.lows, 1e-30)
-        yield weight + inputs * left, f"a row per step (`activation_rows: per_step`): {_span(span)} over the steps"
+    plan: LayerPlan, ranges: LayerRanges, weight: float, rows: int
+) -> Iterable[tuple[float, str, str]]:
+    """Each change: the part of the error that it leaves, its key in a recipe, and what it is."""
+    inputs = 1 - weight
     if ranges.now > 0 and ranges.splits:
-        left = ranges.per_half / ranges.now
-        yield weight + inputs * left, "quantizers of their own for the halves that it reads (`split_shortcuts: true`)"
+        left = weight + inputs * ranges.per_half / ranges.now
+        yield left, "split_shortcuts: true", "the halves that it reads need quantizers of their own"
+    if ranges.now > 0 and rows == 1:
+        left, span = weight + inputs * ranges.per_step / ranges.now, ranges.highs / max(ranges.lows, 1e-30)
+        yield left, "activation_rows: per_step", f"its input's range changes {_fold(span)} over the steps"
     if ranges.weight_now > 0:
-        fitted = ranges.weight_fitted / ranges.weight_now
-        yield weight * fitted + inputs, "ranges of least squared error for its weight (`weight.observer.kind: mse`)"
+        left = weight * ranges.weight_fitted / ranges.weight_now + inputs
+        yield left, "weight.observer.kind: mse", "narrower ranges of its weight cost less than they save"
     if ranges.now > 0 and not plan.channel_scale:
-        left = ranges.per_channel / ranges.now
-        yield weight + inputs * left, f"channel scales (`channel_scale`): {_span(ranges.channels)} over its channels"
-    yield from _bits(plan, weight, inputs)
+        left = weight + inputs * ranges.per_channel / ranges.now
+        yield left, "channel_scale", f"its input's range changes {_fold(ranges.channels)} from channel to channel"
+    yield from _bits(plan, weight)
 
 
-def _bits(plan: LayerPlan, weight: float, inputs: float) -> Iterable[tuple[float, str]]:
-    wide = [spec is None or spec.bits >= _FULL or spec.format != "int" for spec in (plan.weight, plan.activation)]
-    if plan.weight is not None and not wide[0]:
-        yield inputs, f"more bits for its weight ({plan.weight.bits} now)"
-    if plan.activation is not None and not wide[1]:
-        yield weight, f"more bits for its input ({plan.activation.bits} now)"
-    if not any(wide):
-        yield 0.0, "more bits for its weight and its input"
+def _bits(plan: LayerPlan, weight: float) -> Iterable[tuple[float, str, str]]:
+    specs = (plan.weight, plan.activation)
+    narrow = [spec is not None and spec.format == "int" and spec.bits < _FULL for spec in specs]
+    if narrow[0] and plan.weight is not None:
+        yield 1 - weight, "weight.bits", f"{plan.weight.bits} bits are few for its weight"
+    if narrow[1] and plan.activation is not None:
+        yield weight, "activation.bits", f"{plan.activation.bits} bits are few for its input"
+    if all(narrow):
+        yield 0.0, "weight.bits, activation.bits", "both have few bits"
 
 
-def _span(ratio: float) -> str:
-    return f"its range changes {min(ratio, 1e6):.2g}-fold"
+def _fold(ratio: float) -> str:
+    return f"{min(ratio, 1e6):.2g}-fold"
 
 
 def _best(x: Tensor, spec: QuantSpec, axis: int) -> float:

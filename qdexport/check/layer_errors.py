@@ -11,6 +11,7 @@ up to the whole as far as the first order reaches, which is reported beside them
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from qdexport.check.exact import exact_call, in_float32
+from qdexport.check.exact import exact_call
 from qdexport.check.layer_advice import LayerRanges, advice, ranges_of
 from qdexport.check.measure import decibels
 from qdexport.core.results import LayerError, LayerErrors
@@ -35,8 +36,8 @@ __all__ = ["layer_errors"]
 OnProgress = Callable[[int, int], None]
 # random directions for each call: with three calls of two rows, 24 numbers are behind each layer's error (1.3 dB)
 _PROBES: Final = 4
-# what a backward pass holds, in units of what the layers write: their outputs, two changes of each and a gradient, and
-# what norms, activation functions and attention keep between them
+# what a backward pass holds, in units of what the layers write: their outputs twice, two changes and a gradient
+# of each, and what norms, activation functions and attention keep between them
 _HELD: Final = 8
 _ENOUGH: Final = 0.7  # of the memory that is free
 
@@ -55,11 +56,10 @@ class _Layer:
 
 
 @dataclass(slots=True)
-class _Seen:
-    """One layer in one call: its output, what quantization changes in it, and what its weight's alone does."""
+class _Change:
+    """What quantization changes in one layer's output in one call, and what that of its weight alone does."""
 
-    output: Tensor
-    change: Tensor
+    whole: Tensor
     by_weight: Tensor
 
 
@@ -108,15 +108,17 @@ class _Study:
 
     def add(self, call: DenoiserCall, *, backward: bool) -> None:
         """Takes one call."""
-        quantized = exact_call(self._model.denoiser, call.inputs)  # which also selects the row of the step tables
-        seen: dict[str, list[_Seen]] = defaultdict(list)
-        with self._tapped(seen), torch.set_grad_enabled(backward):
+        changes: dict[str, list[_Change]] = defaultdict(list)
+        with self._hooked(self._model.denoiser, lambda plan: self._measure(plan, changes[plan.name], keep=backward)):
+            quantized = exact_call(self._model.denoiser, call.inputs)
+        outputs: dict[str, list[Tensor]] = defaultdict(list)
+        with self._hooked(self.floating, lambda plan: _keep(outputs[plan.name])), torch.set_grad_enabled(backward):
             output = call_denoiser(self.floating, _single(call))
         self._signal += _energy(output)
         error = quantized - output.detach()
         self._whole += _energy(error)
         if backward:
-            self._follow(output, error, seen)
+            self._follow(output, error, outputs, changes)
 
     def results(self, method: str, calls: int) -> LayerErrors:
         """Everything, the largest error first."""
@@ -133,73 +135,84 @@ class _Study:
     def _result(self, plan: LayerPlan, *, known: bool) -> LayerError:
         layer = self._layers[plan.name]
         split = layer.weight + layer.inputs
-        share = layer.weight / split if split > 0 else 1.0
+        share = layer.weight / split if 0 < split < math.inf else 1.0
         rows = max(quantizer.scale.shape[0] if quantizer is not None else 1 for quantizer, _ in self._pairs(plan.name))
+        change, why = advice(plan, layer.ranges, share, rows=rows)
         return LayerError(
             name=plan.name,
             alone_db=decibels(self._signal, layer.alone) if known else decibels(layer.signal, layer.own),
             own_db=decibels(layer.signal, layer.own),
-            share=layer.part / self._whole if known and self._whole > 0 else None,
+            share=layer.part / self._whole if known and 0 < self._whole < math.inf else None,
             weight_share=share,
-            advice=advice(plan, layer.ranges, share, rows=rows),
+            change=change,
+            advice=why,
         )
 
     def _pairs(self, name: str) -> Any:
         return quantizer_pairs(self._model.denoiser.get_submodule(name))
 
     @contextlib.contextmanager
-    def _tapped(self, seen: dict[str, list[_Seen]]) -> Iterator[None]:
+    def _hooked(self, network: nn.Module, make: Callable[[LayerPlan], Callable[..., Tensor | None]]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for plan in self._plans:
-                layer = self.floating.get_submodule(plan.name)
-                stack.callback(layer.register_forward_hook(self._tap(plan, seen)).remove)
+                hook = network.get_submodule(plan.name).register_forward_hook(make(plan))
+                stack.callback(hook.remove)
             yield
 
-    def _tap(self, plan: LayerPlan, seen: dict[str, list[_Seen]]) -> Callable[..., Tensor]:
-        twin: Any = self._model.denoiser.get_submodule(plan.name)
-        layer = self._layers[plan.name]
+    def _measure(self, plan: LayerPlan, changes: list[_Change], *, keep: bool) -> Callable[..., None]:
+        """What a layer changes on the inputs that it has in the quantized network: rounding errors of other inputs are
+        other ones, and would not add up to the error that is seen.
+        """
+        floating, layer, pairs = self.floating.get_submodule(plan.name), self._layers[plan.name], self._pairs(plan.name)
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            del module
-            if torch.is_grad_enabled() and not output.requires_grad:
-                output.requires_grad_()
-            x, y = args[0].detach(), output.detach()
-            with torch.no_grad(), in_float32(twin):
-                change = twin(x) - y
-                with _unquantized_inputs(self._pairs(plan.name)):
-                    by_weight = twin(x) - y
-                for operand, (quantizer, _) in zip(twin.operands(x), self._pairs(plan.name), strict=True):
-                    if quantizer is not None:
-                        axis = 1 if plan.kind == "conv" else operand.dim() - 1
-                        layer.ranges.add_input(operand, quantizer, axis)
-            layer.own, layer.signal = layer.own + _energy(change), layer.signal + _energy(y)
-            if torch.is_grad_enabled():
-                seen[plan.name].append(_Seen(output, change, by_weight))
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            (x,) = args
+            exact = floating(x)
+            change = output - exact
+            with _unquantized_inputs(pairs):
+                by_weight = module.forward(x) - exact  # not through its hooks
+            for operand, (quantizer, _) in zip(module.operands(x), pairs, strict=True):
+                if quantizer is not None:
+                    layer.ranges.add_input(operand, quantizer, 1 if plan.kind == "conv" else operand.dim() - 1)
+            layer.own, layer.signal = layer.own + _energy(change), layer.signal + _energy(exact)
+            if keep:
+                changes.append(_Change(change, by_weight))
             else:
                 layer.weight += _energy(by_weight)
                 layer.inputs += _energy(change - by_weight)
-            return output
 
         return hook
 
-    def _follow(self, output: Tensor, error: Tensor, seen: dict[str, list[_Seen]]) -> None:
+    def _follow(
+        self, output: Tensor, error: Tensor, outputs: dict[str, list[Tensor]], changes: dict[str, list[_Change]]
+    ) -> None:
         """Backward passes: in the direction of the whole error, and in random ones."""
-        tensors = [item.output for items in seen.values() for item in items]
+        tensors = [item for items in outputs.values() for item in items]
         directions = [error, *(torch.randn(output.shape, generator=self._random) for _ in range(_PROBES))]
         for number, direction in enumerate(directions):
             last = number == len(directions) - 1
             found = torch.autograd.grad(output, tensors, direction, retain_graph=not last, allow_unused=True)
             gradients = iter(found)
-            for name, items in seen.items():
+            for name, items in outputs.items():
                 layer, slopes = self._layers[name], [next(gradients) for _ in items]
-                change = _along(slopes, [item.change for item in items], len(output))
+                change = _along(slopes, [item.whole for item in changes[name]], len(output))
                 if number == 0:
                     layer.part += float(change.sum())
                     continue
-                by_weight = _along(slopes, [item.by_weight for item in items], len(output))
+                by_weight = _along(slopes, [item.by_weight for item in changes[name]], len(output))
                 layer.alone += float(change.square().sum()) / _PROBES
                 layer.weight += float(by_weight.square().sum())
                 layer.inputs += float((change - by_weight).square().sum())
+
+
+def _keep(outputs: list[Tensor]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not output.requires_grad:
+            output.requires_grad_()  # what depends on neither latents nor weights starts the graph
+        outputs.append(output)
+        return output.clone()  # what follows may write into it, and the gradient is that of the layer's own
+
+    return hook
 
 
 def _along(slopes: Sequence[Tensor | None], changes: Sequence[Tensor], rows: int) -> Tensor:

@@ -314,6 +314,7 @@ class LayerError(_Record):
     own_db: Decibel
     share: float | None = None
     weight_share: float
+    change: str
     advice: str
 
 

@@ -88,7 +88,7 @@ STAGES: Final = (
         name="validate",
         made_from=("quantize", "export", "build"),
         unless_absent=("build",),
-        sections=("body", "coverage", "parity", "quality", "verdict"),
+        sections=("body", "coverage", "parity", "layer_errors", "cost", "quality", "verdict"),
         remedy="qdexport validate {out}",
     ),
     Stage(

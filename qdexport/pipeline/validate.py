@@ -11,9 +11,11 @@ from qdexport.build.plan import engine_coverage
 from qdexport.build.storage import engine_weight_types, storage_mismatches
 from qdexport.build.sums import half_precision_sums
 from qdexport.check.calls import check_calls
+from qdexport.check.costs import cost_of
 from qdexport.check.engine_parity import write_golden
 from qdexport.check.file_pictures import picture_problems
 from qdexport.check.float64.parity import float64_parity
+from qdexport.check.layer_errors import layer_errors
 from qdexport.check.parity import layer_parity
 from qdexport.check.quality import compare_quality
 from qdexport.check.session import REFERENCE
@@ -51,7 +53,7 @@ _BODY_BITS = {"fp16": 16, "fp32": 32}
 def validate(
     model: QuantizedModel, workspace: Workspace, progress: ProgressSink, *, quick: bool = False
 ) -> list[Made]:
-    """Fills the report's coverage, parity and quality, and writes images and golden files.
+    """Fills the report's coverage, parity, layer errors, cost and quality, and writes images and golden files.
 
     ``quick`` is noted beside the results: the model's recipe asked for less than the user's.
 
@@ -65,8 +67,10 @@ def validate(
     report, validation = workspace.report, model.recipe.validation
     report.body = model.body
     int4 = stores_int4_weights(model, target_named(facts.target).with_opset(model.recipe.opset))
-    report.coverage = coverage_of(model, onnx_path, Plan.load(workspace.path("plan")) if plan else None, int4=int4)
+    kernels = Plan.load(workspace.path("plan")) if plan else None
+    report.coverage = coverage_of(model, onnx_path, kernels, int4=int4)
     report.coverage.notes = facts.notes
+    report.cost = cost_of(model, report.coverage, kernels, report.engine.compute_capabilities if report.engine else ())
 
     calls = check_calls(model, facts.io, validation.parity_steps, validation.seed)
     with _counted(progress, "parity, layer by layer") as advance:
@@ -77,6 +81,8 @@ def validate(
         whole = whole_network(model, onnx_path, facts.io, advance)
     with _counted(progress, "parity at every shape") as advance:
         shapes, at_shapes = shape_parity(model, onnx_path, facts.io, calls, advance)
+    with _counted(progress, "error of every layer") as advance:
+        report.layer_errors = layer_errors(model, calls, validation.seed, advance)
     golden = workspace.root / "golden"
     write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes], workspace)
     made = [Made("golden", golden)]

@@ -11,7 +11,18 @@ from qdexport.check.outcome import NARROW, coverage_counts, narrow_name, storage
 from qdexport.check.verdict import FLIP_LIMIT, FLOOR_MARGIN_DB, LAYER_SQNR_DB
 
 if TYPE_CHECKING:
-    from qdexport.core.results import Coverage, EngineFacts, LayerParity, Margin, Parity, Quality, Report
+    from qdexport.core.results import (
+        Cost,
+        CostSide,
+        Coverage,
+        EngineFacts,
+        LayerError,
+        LayerParity,
+        Margin,
+        Parity,
+        Quality,
+        Report,
+    )
 
 __all__ = [
     "IDENTICAL_DB",
@@ -21,12 +32,15 @@ __all__ = [
     "Tone",
     "compiled_margin",
     "compute_counts",
+    "cost_change",
     "decibel",
     "duration",
     "exact_layers",
     "headlines",
     "label_of",
+    "layer_error",
     "margin",
+    "microseconds",
     "number",
     "other_kinds",
     "pictures_margin",
@@ -93,6 +107,26 @@ def pictures_margin(report: Report) -> str:
 def margin(value: Margin) -> str:
     """A value with its interval."""
     return f"{number(value.value)} ({number(value.low)} to {number(value.high)})"
+
+
+def layer_error(item: LayerError) -> str:
+    """How much of the whole error a layer makes, or how large its own is where that is not known."""
+    return f"{100 * item.share:.0f} %" if item.share is not None else decibel(item.own_db)
+
+
+def cost_change(cost: Cost) -> str:
+    """Bytes and time of the layers, before and after."""
+    before, after = cost.fp16, cost.quantized
+    return (
+        f"weights {size(before.weight_bytes)} → {size(after.weight_bytes)}, moved {size(before.moved_bytes)} → "
+        f"{size(after.moved_bytes)}, at least {microseconds(before)} → {microseconds(after)} on {cost.gpu}"
+    )
+
+
+def microseconds(side: CostSide) -> str:
+    """A time that may be a millionth or a tenth of a second."""
+    value = side.microseconds
+    return f"{value:.3g} µs" if value < 1000 else f"{value / 1000:.3g} ms"
 
 
 def headlines(report: Report) -> list[Headline]:

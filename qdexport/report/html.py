@@ -122,6 +122,8 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "flip_chart": charts.flip_chart(parity.layers) if parity else None,
         "exact_layers": facts.exact_layers(parity) if parity else 0,
         "layers": layers,
+        "errors": tables.error_rows(report.layer_errors) if report.layer_errors else [],
+        "cost_bars": tables.cost_bars(report.cost) if report.cost else [],
         "nearest": facts.scale_rows(report.coverage) if report.coverage else "",
         "disagreeing": sum(not row.agrees for row in layers),
         "kernel_bars": tables.kernel_bars(report.engine.kernels_by_type) if report.engine else [],

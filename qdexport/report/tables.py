@@ -7,12 +7,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qdexport.check.outcome import agrees
-from qdexport.report.facts import IDENTICAL_DB, decibel, duration, number, rate
+from qdexport.report.facts import IDENTICAL_DB, decibel, duration, microseconds, number, rate, size
 
 if TYPE_CHECKING:
-    from qdexport.core.results import Coverage, KernelFact, LayerParity, Plan, Quality, Report, StageFacts
+    from qdexport.core.results import (
+        Cost,
+        Coverage,
+        KernelFact,
+        LayerErrors,
+        LayerParity,
+        Plan,
+        Quality,
+        Report,
+        StageFacts,
+    )
 
-__all__ = ["Bar", "LayerRow", "QualityRow", "kernel_bars", "layer_rows", "quality_rows", "stage_bars"]
+__all__ = [
+    "Bar",
+    "ErrorRow",
+    "LayerRow",
+    "QualityRow",
+    "cost_bars",
+    "error_rows",
+    "kernel_bars",
+    "layer_rows",
+    "quality_rows",
+    "stage_bars",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +77,21 @@ class Bar:
     faded: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorRow:
+    """One layer of the ranking; ``width`` is the length of its bar in percent, ``weight`` its weight's part of it."""
+
+    name: str
+    alone: str
+    alone_key: float
+    share: str
+    share_key: float
+    width: float
+    weight: float
+    change: str
+    advice: str
+
+
 _SCORES = (
     ("alignment", "Alignment", "share of images that show what the prompt says; higher is better"),
     ("psnr_db", "PSNR", "dB against the FP model's images; higher is better"),
@@ -74,6 +110,41 @@ def quality_rows(quality: Quality) -> list[QualityRow]:
         if any(value is not None for value in values):
             rows.append(QualityRow(label, note, *(_score(key, value) for value in values)))
     return rows
+
+
+def error_rows(errors: LayerErrors) -> list[ErrorRow]:
+    """The layers by the error that each makes, the largest first."""
+    most = max((item.share or 0.0 for item in errors.layers), default=0.0) or 1.0
+    return [
+        ErrorRow(
+            name=item.name,
+            alone=decibel(item.alone_db),
+            alone_key=item.alone_db,
+            share="" if item.share is None else f"{100 * item.share:.1f} %",
+            share_key=item.share or 0.0,
+            width=100 * max(item.share or 0.0, 0.0) / most,
+            weight=100 * item.weight_share,
+            change=item.change,
+            advice=item.advice,
+        )
+        for item in errors.layers
+    ]
+
+
+def cost_bars(cost: Cost) -> list[tuple[str, list[Bar]]]:
+    """Bytes and time, FP16 beside what was compiled, each with bars of its own."""
+    sides = [("FP16, from shapes", cost.fp16), ("quantized, from shapes", cost.quantized)]
+    sides += [("all kernels of the plan", cost.plan)] if cost.plan else []
+    return [
+        ("Bytes of weights", _bars([(name, side.weight_bytes, size(side.weight_bytes)) for name, side in sides])),
+        ("Bytes read and written", _bars([(name, side.moved_bytes, size(side.moved_bytes)) for name, side in sides])),
+        (f"Least time on {cost.gpu}", _bars([(name, side.microseconds, microseconds(side)) for name, side in sides])),
+    ]
+
+
+def _bars(items: list[tuple[str, float, str]]) -> list[Bar]:
+    longest = max(value for _, value, _ in items) or 1.0
+    return [Bar(name, told, 100 * value / longest) for name, value, told in items]
 
 
 def layer_rows(report: Report, plan: Plan | None) -> list[LayerRow]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         CompanionResult,
         Coverage,
         EngineFacts,
+        LayerError,
         Parity,
         ProfileFacts,
         Quality,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["summary"]
 
 _MOST_PROBLEMS = 6
+_MOST_LAYERS = 5
 _GOOD, _BAD, _OPEN = "black on green", "white on red", "black on yellow"
 _BADGES = {
     "pass": _GOOD, "fail": _BAD, "not checked": _OPEN,
@@ -96,6 +98,11 @@ def _lines(report: Report) -> list[tuple[str, Text]]:
         lines.extend(("" if index else "parity", line) for index, line in enumerate(told))
     if report.quality is not None:
         lines.append(("images", _images(report.quality)))
+    if report.layer_errors is not None:
+        told = [_layer_error(item) for item in report.layer_errors.layers[:_MOST_LAYERS]]
+        lines.extend(("" if index else "error from", line) for index, line in enumerate(told))
+    if report.cost is not None:
+        lines.append(("layers cost", Text(f"{facts.cost_change(report.cost)} (FP16 → now; a bound)")))
     if report.engine is not None:
         weights_only = report.coverage is not None and bool(report.coverage.storage)
         lines.append(("engine", _engine(report.engine, weights_only=weights_only)))
@@ -105,6 +112,12 @@ def _lines(report: Report) -> list[tuple[str, Text]]:
         lines.append(("pipeline", _whole(report.whole_pipeline)))
     if report.stages:
         lines.append(("time", _times(report.stages)))
+    return [*lines, *_remarks(report)]
+
+
+def _remarks(report: Report) -> list[tuple[str, Text]]:
+    """Notes, and what fell short."""
+    lines = []
     if report.engine is not None and report.engine.int8_compute and report.target == "tensorrt-rtx":
         advice = "an INT8 kernel in an RTX plan is no proof of speed; for fast W8A8: --target tensorrt"
         lines.append(("note", Text(advice, style="yellow")))
@@ -181,6 +194,11 @@ def _parity(parity: Parity, limit: float) -> list[Text]:
 
 def _worst(what: str, value: str, where: str, *, good: bool) -> Text:
     return Text.assemble(f"{what} ", (value, "bold" if good else "bold red"), f" {where}")
+
+
+def _layer_error(item: LayerError) -> Text:
+    """One layer: how much of the error it makes, and what in the recipe helps."""
+    return Text.assemble((facts.layer_error(item), "bold"), f" {item.name}: {item.change}")
 
 
 def _images(quality: Quality) -> Text:
