@@ -22,6 +22,8 @@ __all__ = ["sample"]
 Examples:
   qdexport sample shapes --prompt "a red circle on a white background"
   qdexport sample out --with fp --with quantized --with onnx --count 4 --out pictures
+  qdexport sample out --scheduler Euler --steps 50
+  qdexport sample out --scheduler DPMSolverMultistep,timestep_spacing=trailing --steps 10
 """
 )
 @click.argument("source", metavar="MODEL_OR_OUT")
@@ -41,6 +43,11 @@ Examples:
     help="Which denoisers; default: fp for a model, quantized and onnx for an output folder.",
 )
 @click.option("--steps", type=click.IntRange(1, 10_000), help="Sampler steps; default: the model's or the recipe's.")
+@click.option(
+    "--scheduler",
+    metavar="NAME[,KEY=VALUE...]",
+    help="Another scheduler of diffusers, made from the settings of the model's, and settings that differ.",
+)
 @click.option("--guidance-scale", type=Number(0, 1e6), help="Classifier-free guidance; default: the model's.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Noise of image i comes from seed + i."
@@ -64,7 +71,7 @@ def sample(source: str, prompts: tuple[str, ...], count: int, kinds: tuple[str, 
     from qdexport.pipeline.sampling import image_names, open_denoisers, save_images
 
     progress = make_progress(options["verbose"], options["as_json"])
-    denoisers = open_denoisers(source, kinds)
+    denoisers = open_denoisers(source, kinds, options["scheduler"])
     texts = prompts or tuple(prompts_for(denoisers.loaded, count, options["seed"])) or ("",) * count
     request = SampleRequest(
         prompts=texts,

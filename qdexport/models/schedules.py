@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Final
 
 import numpy as np
@@ -40,8 +41,10 @@ def has_fractions(loaded: LoadedModel) -> bool:
     """Whether the model's scheduler may call the denoiser at timesteps that are no whole numbers."""
     if loaded.scheduler is None:
         return False
-    counts = {loaded.defaults.steps, _PROBE}
-    return any(isinstance(step, float) for count in counts for step in scheduler_timesteps(loaded, count))
+    timesteps = scheduler_timesteps(loaded, loaded.defaults.steps)
+    with contextlib.suppress(ModelError):  # few-step schedulers may not take so many
+        timesteps += scheduler_timesteps(loaded, _PROBE)
+    return any(isinstance(step, float) for step in timesteps)
 
 
 def scheduler_timesteps(loaded: LoadedModel, steps: int | None) -> list[int | float]:

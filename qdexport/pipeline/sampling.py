@@ -17,6 +17,7 @@ from qdexport.emit.facts import read_companion_facts, read_network_facts
 from qdexport.errors import ModelError
 from qdexport.models.load import load_model
 from qdexport.models.sampling import sample, schedule
+from qdexport.models.scheduler_choice import with_scheduler
 from qdexport.models.stand_ins import in_place_of_parts
 from qdexport.pipeline.lineage import check_checkpoint, check_made
 from qdexport.quant.checkpoint import load_quantized
@@ -78,8 +79,13 @@ class Denoisers:
         return sample(self.loaded, request, denoiser=self.by_kind[kind])
 
 
-def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
+def open_denoisers(source: str, kinds: tuple[str, ...], scheduler: str | None = None) -> Denoisers:
     """Opens a model, or an output folder of ``qdexport compile``.
+
+    Args:
+        source: a name or folder.
+        kinds: names of denoisers; none: those that are there.
+        scheduler: instead of the model's own (:func:`qdexport.models.scheduler_choice.with_scheduler`).
 
     Raises:
         ModelError: a denoiser was asked for that is not there, or its ONNX file is of another checkpoint.
@@ -92,7 +98,7 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
             raise ModelError(
                 f"{source} is no output folder of qdexport, so it has no {others[0]} denoiser; compile it first"
             )
-        return Denoisers(loaded=load_model(source), by_kind={"fp": None}, steps=None)
+        return Denoisers(loaded=_with(scheduler, load_model(source)), by_kind={"fp": None}, steps=None)
     manifest = Manifest.load(folder / "manifest.json")
     wanted = kinds or ("quantized", "onnx")
     if "onnx" in wanted:
@@ -107,12 +113,16 @@ def open_denoisers(source: str, kinds: tuple[str, ...]) -> Denoisers:
         available["onnx"] = OnnxDenoiser(path, facts.io, quantized.loaded.denoiser)
         companions = _open_companions(folder, manifest)
     return Denoisers(
-        loaded=quantized.loaded,
+        loaded=_with(scheduler, quantized.loaded),
         by_kind={kind: available[kind] for kind in wanted},
         steps=quantized.recipe.calibration.steps,
         facts=facts,
         companions=companions,
     )
+
+
+def _with(scheduler: str | None, loaded: LoadedModel) -> LoadedModel:
+    return loaded if scheduler is None else with_scheduler(loaded, scheduler)
 
 
 def _check_onnx(folder: Path, manifest: Manifest) -> None:

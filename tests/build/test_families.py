@@ -103,7 +103,15 @@ def test_whole_network_and_timesteps_without_a_row(compiled: Compiled) -> None:
     # FP16 flips codes at ties; a wrong wire makes the outputs independent: -3 dB
     assert sqnr_db(expected, run()) > 8
     if any(plan.folded for plan in compiled.model.plans):
-        assert np.isnan(run(timestep=call.inputs["timestep"] + 10)).all()
+        fractional = call.inputs["timestep"].is_floating_point()
+        for missing in (call.inputs["timestep"] + 10,) if fractional else (torch.tensor([1000]), torch.tensor([-1])):
+            assert np.isnan(run(timestep=missing)).all()
+    if "class_labels" in names:
+        labels = call.inputs["class_labels"]
+        for missing in (-1, 5000):
+            answer = run(class_labels=torch.where(torch.arange(len(labels)) == 0, missing, labels))
+            assert np.isnan(answer[0]).all()
+            assert np.isfinite(answer[1:]).all()
     if "img_ids" in names:
         assert np.isnan(run(img_ids=call.inputs["img_ids"] - 200)).all()
     if call.inputs["timestep"].is_floating_point():
