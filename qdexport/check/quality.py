@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from qdexport.check.calls import fake_quant_denoiser, sample_size
 from qdexport.check.measure import sqnr_db
@@ -23,6 +23,7 @@ from qdexport.core.results import Quality, QualityScores
 from qdexport.models.sampling import SampleRequest, call_count, prompts_for, sample, schedule
 from qdexport.models.shapes import IMAGE_SIZE
 from qdexport.models.shapes_evaluator import ShapesEvaluator, frechet_distance, load_evaluator, real_features
+from qdexport.models.similarity import structural_similarity
 from qdexport.models.untrained import is_untrained
 from qdexport.quant.attach import QuantizedModel
 
@@ -219,12 +220,11 @@ def _scores(
     return scores.model_copy(update=values)
 
 
-def _against(reference: np.ndarray, other: np.ndarray) -> dict[str, float]:
+def _against(reference: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
     a, b = torch.from_numpy(other), torch.from_numpy(reference)
     mse = float(((a.double() - b.double()) ** 2).mean())
-    ssim = structural_similarity_index_measure(a, b, data_range=_RANGE)
     psnr = float(peak_signal_noise_ratio(a, b, data_range=_RANGE)) if mse > 0 else _EQUAL_DB
-    return {"mse": mse, "psnr_db": psnr, "ssim": float(ssim)}
+    return {"mse": mse, "psnr_db": psnr, "ssim": structural_similarity(other, reference)}
 
 
 def _error_per_step(traces: dict[str, _Trace]) -> list[dict[str, float]]:

@@ -23,6 +23,7 @@ from qdexport.models.denoiser_io import call_denoiser
 from qdexport.models.load import load_model
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import DenoiserCall, SampleRequest, record_calls, sample
+from qdexport.models.similarity import structural_similarity
 from qdexport.quant.attach import training_steps_of
 from qdexport.quant.resume import weights_sha256
 from qdexport.quant.tasks import one_thread
@@ -32,7 +33,6 @@ __all__ = ["BEST_DB", "Bench", "ModelSource", "RecordedCall", "Reference", "benc
 BEST_DB: Final = 150.0  # FP32 itself rounds at some 140 dB: beyond this, outputs are equal
 _WORST_DB: Final = -100.0  # an output that is not finite
 _WORST_SSIM: Final = -1.0
-_RANGE: Final = 2.0  # images lie in [-1, 1]
 _SHARED: Final = ("timestep", "img_ids", "txt_ids")  # inputs without a row per sample
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -121,16 +121,21 @@ class Bench:
         return float(np.clip(10 * math.log10(signal / noise), _WORST_DB, BEST_DB))
 
     def ssim(self, denoiser: nn.Module) -> float:
-        """Mean structural similarity of sampled images to the floating-point ones (torchmetrics, window 11)."""
-        from torchmetrics.functional.image import structural_similarity_index_measure
+        """Mean structural similarity of sampled images to the floating-point ones.
 
+        Raises:
+            ModelError: the images are too small to have one.
+        """
         images = self.sample(denoiser)
         if not np.isfinite(images).all():
             return _WORST_SSIM
-        value = structural_similarity_index_measure(
-            torch.from_numpy(images), torch.from_numpy(self.reference.images), data_range=_RANGE
-        )
-        return float(torch.as_tensor(value))
+        value = structural_similarity(images, self.reference.images)
+        if value is None:
+            raise ModelError(
+                f"images of {images.shape[3]} x {images.shape[2]} pixels have no structural similarity, by which "
+                "bit_allocation judges the layers of `content`; set bit_allocation.content: []"
+            )
+        return value
 
     def mse(self, denoiser: nn.Module) -> float:
         """Mean squared difference of sampled pixels to the floating-point images; infinity when one is not finite."""

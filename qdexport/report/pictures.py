@@ -68,14 +68,21 @@ class HeatMap:
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Turns an image ``[3, H, W]`` in [-1, 1] into bytes ``[H, W, 3]``.
+    """Turns an image ``[C, H, W]`` in [-1, 1] into bytes ``[H, W, 3]``.
+
+    One channel is grey; of more than three (the latents of a model without a VAE) the first three are the colours, and
+    two have no blue. What is not finite is black.
 
     Raises:
         ValueError: the array has another shape.
     """
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"an image must have the shape [3, height, width], not {list(image.shape)}")
-    scaled = np.clip(np.asarray(image, np.float32) * 0.5 + 0.5, 0.0, 1.0) * 255.0
+    if image.ndim != 3 or 0 in image.shape:
+        raise ValueError(f"an image must have the shape [channels, height, width], not {list(image.shape)}")
+    colours = np.full((3, *image.shape[1:]), -1.0, np.float32)
+    colours[: len(image)] = image[:3]
+    if len(image) == 1:
+        colours[:] = image
+    scaled = np.clip(np.nan_to_num(colours, nan=-1.0) * 0.5 + 0.5, 0.0, 1.0) * 255.0
     return np.ascontiguousarray(np.rint(scaled).astype(np.uint8).transpose(1, 2, 0))
 
 
@@ -89,7 +96,7 @@ def image_grid(
     """Writes a labelled PNG: one row per prompt, one picture per column.
 
     Args:
-        columns: images ``[3, H, W]`` in [-1, 1] per column; all columns show the same prompts.
+        columns: images ``[C, H, W]`` in [-1, 1] per column; all columns show the same prompts.
         prompts: one caption per row; the shortest of columns and captions says how many rows.
         path: the PNG file.
         max_rows: rows that are drawn at most.
@@ -103,7 +110,7 @@ def image_grid(
     if not columns or rows < 1:
         raise ValueError("an image grid needs at least one column, one prompt and one image in each column")
     first = next(iter(columns.values()))[0]
-    zoom = scale or max(1, 128 // int(first.shape[2]))
+    zoom = scale or max(1, 128 // int(max(first.shape[1:])))
     width, height = int(first.shape[2]) * zoom, int(first.shape[1]) * zoom
     caption, gap, head = 190, 10, 34
     sheet = Image.new(

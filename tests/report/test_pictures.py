@@ -26,8 +26,24 @@ def height_of(path: Path) -> int:
 def test_to_uint8_covers_the_range() -> None:
     image = np.array([-1.5, -1.0, 0.0, 1.0], np.float32).reshape(1, 2, 2).repeat(3, 0)
     assert pictures.to_uint8(image)[..., 0].tolist() == [[0, 0], [128, 255]]
-    with pytest.raises(ValueError, match=r"\[3, height, width\], not \[8, 8\]"):
-        pictures.to_uint8(np.zeros((8, 8)))
+    for wrong in ((8, 8), (0, 8, 8), (3, 0, 8)):
+        with pytest.raises(ValueError, match=r"\[channels, height, width\], not "):
+            pictures.to_uint8(np.zeros(wrong))
+
+
+def test_other_channels_than_three_are_shown() -> None:
+    grey = np.array([[[-1.0, 1.0]]], np.float32)
+    assert pictures.to_uint8(grey).tolist() == [[[0, 0, 0], [255, 255, 255]]]
+    four = np.concatenate([grey, -grey, grey, grey * 100])
+    assert pictures.to_uint8(four).tolist() == [[[0, 255, 0], [255, 0, 255]]]
+    assert pictures.to_uint8(four[:2]).tolist() == [[[0, 255, 0], [255, 0, 0]]]
+    assert pictures.to_uint8(grey * np.nan).tolist() == [[[0, 0, 0], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (4, 512, 4), (2, 4, 512), (3, 7, 5)])
+def test_image_grid_of_any_size(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    pictures.image_grid({"fp": [np.zeros(shape, np.float32)]}, [""], tmp_path / "grid.png")
+    assert 34 < height_of(tmp_path / "grid.png") <= 34 + 512 + 10
 
 
 def test_image_grid_draws_nearest_pixels(tmp_path: Path) -> None:
