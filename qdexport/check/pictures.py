@@ -29,13 +29,8 @@ _WIDE: Final = 0.99
 INVISIBLE: Final = (2 / 255) ** 2
 # no error is smaller than this where logarithms are taken: equal pictures have none
 _LEAST: Final = 1e-3 * INVISIBLE
-_NOT_FINITE: Final = (
-    "The pictures were not judged: those of the floating-point model itself hold values that are not finite."
-)
-_SAME: Final = (
-    "The pictures were not judged: another seed gives nearly the same ones, so that the error has no scale; compare "
-    "them by eye."
-)
+_NOT_FINITE: Final = "The floating-point model's own pictures hold values that are not finite."
+_SAME: Final = "Another seed gives nearly the same pictures, so that an error has no scale; compare them by eye."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,8 +41,7 @@ _EQUAL_DB: Final = 999.0  # equal images have no finite PSNR, and JSON has no in
 _OTHER_NOISE: Final = 1_000_003
 _FIRST_OTHERS: Final = 16  # pictures from other noise that are made at first: one batch decides where much is clear
 _UNTRAINED: Final = (
-    "The pictures were not judged: the weights of {name} are those of an initializer, so that its pictures are noise "
-    "before it is quantized, too."
+    "The weights of {name} are those of an initializer: its pictures are noise before it is quantized, too."
 )
 
 

@@ -138,7 +138,7 @@ def headlines(report: Report) -> list[Headline]:
         else:
             made.append(_storage_headline(report.coverage))
     if report.quality is not None:
-        made.append(_quality_headline(report.quality))
+        made.append(_quality_headline(report.quality, verdict_of(report).pictures))
     if report.parity is not None:
         made.extend(_parity_headlines(report.parity, sqnr_limit(report)))
     if report.engine is not None:
@@ -278,14 +278,17 @@ def _storage_headline(coverage: Coverage) -> Headline:
     )
 
 
-def _quality_headline(quality: Quality) -> Headline:
+def _quality_headline(quality: Quality, word: str) -> Headline:
     scores, base = quality.quantized, quality.fp
     note = f"{quality.images} images, {quality.steps} steps"
     if base.alignment is not None and scores.alignment is not None:
         note = f"alignment {base.alignment:.3f} → {scores.alignment:.3f}; {note}"
+    if scores.share is not None:
+        note = f"{number(scores.share.value)} of another seed's error; {note}"
+    tone: Tone = "ok" if word == "kept" else "bad" if word == "not kept" else "plain"
     value = f"{scores.psnr_db:.1f} dB" if scores.psnr_db is not None else number(scores.mse)
     label = "PSNR to the FP images" if scores.psnr_db is not None else "MSE to the FP images"
-    return Headline(label=label, value=value, note=note)
+    return Headline(label=label, value=value, note=note, tone=tone)
 
 
 def _parity_headlines(parity: Parity, limit: float) -> list[Headline]:

@@ -115,6 +115,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "rtx_caveat": facts.RTX_CAVEAT if report.target == "tensorrt-rtx" else "",
         "rows": _picture_rows(inputs),
         "grid": _grid(inputs),
+        "other_seed": bool(inputs.images.get("other_seed")),
         "gain": pictures.DIFFERENCE_GAIN,
         "quality": tables.quality_rows(report.quality) if report.quality else [],
         "error_charts": charts.error_charts(report.quality.error_per_step) if report.quality else [],

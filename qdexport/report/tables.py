@@ -57,13 +57,14 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class QualityRow:
-    """One score of the FP model, the quantized model and the ONNX file."""
+    """One score of the FP model, the quantized model, the ONNX file, and the FP model with another seed."""
 
     label: str
     note: str
     fp: str
     quantized: str
     onnx: str
+    other: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +105,13 @@ _SCORES = (
 
 def quality_rows(quality: Quality) -> list[QualityRow]:
     """The scores that were measured."""
-    rows = []
+    rows, columns = [], (quality.fp, quality.quantized, quality.onnx, quality.other_seed)
     for key, label, note in _SCORES:
-        values = [getattr(part, key) if part else None for part in (quality.fp, quality.quantized, quality.onnx)]
+        values = [getattr(part, key) if part else None for part in columns]
         if any(value is not None for value in values):
-            rows.append(QualityRow(label, note, *(_score(key, value) for value in values)))
+            # such a distance depends on the number of images
+            counted = f"{label}, {quality.images} images" if key.startswith("frechet") else label
+            rows.append(QualityRow(counted, note, *(_score(key, value) for value in values)))
     return rows
 
 

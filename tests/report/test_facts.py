@@ -11,7 +11,7 @@ def test_a_good_report_passes(report: Report) -> None:
     verdict = verdict_of(report)
     assert (verdict.compiled, verdict.pictures) == ("pass", "kept")
     assert verdict.why[0] == "All 56 layers planned in INT8 are INT8 in the ONNX file and in the compiled plan."
-    assert [item.tone for item in facts.headlines(report)] == ["ok", "plain", "ok", "ok", "plain"]
+    assert [item.tone for item in facts.headlines(report)] == ["ok", "ok", "ok", "ok", "plain"]
 
 
 def test_a_layer_that_is_not_as_planned_fails_even_when_unnamed(report: Report) -> None:
