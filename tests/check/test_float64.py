@@ -7,12 +7,23 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 
+from qdexport.check.calls import check_calls
 from qdexport.check.float64.parity import float64_parity
 from qdexport.core.results import Float64Parity
+from qdexport.core.target import target_named
 from qdexport.emit.facts import read_network_facts
+from qdexport.models.load import loaded_from_denoiser
+from qdexport.models.synthetic import random_unet
+from qdexport.pipeline.lower import lower_to_onnx
+from qdexport.pipeline.quantize import plan_model
+from qdexport.quant.attach import quantize_model
 from qdexport.quant.modules import quantizer_pairs
-from tests.check.conftest import Compiled
+from qdexport.quant.plan import activation_keys
+from qdexport.quant.ranges import ActivationRanges
+from qdexport.quant.softmax import SoftmaxParameters
+from tests.check.conftest import UNSIGNED, Compiled, recipe_of
 from tests.check.test_parity import constant, set_constant
 
 Edit = Callable[[onnx.ModelProto], None]
@@ -163,3 +174,48 @@ def test_an_epsilon_is_named(static: Compiled, tmp_path: Path) -> None:
 def test_infinity_in_the_file_is_a_difference(static: Compiled, tmp_path: Path) -> None:
     problems = measured(static, operand_scaled("mid_block.resnets.0.norm2/Mul", 1, np.inf), tmp_path).problems
     assert "-999.0 dB" in problems[0]
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """A transformer of ten classes, with a row of scales per step and quantizers behind softmax."""
+    recipe = recipe_of(
+        [{"match": "*", "activation": UNSIGNED}],
+        activation_rows="per_step",
+        softmax={"bits": 8, "mode": "log2"},
+    )
+    changes = {"num_embeds_ada_norm": 10, "num_layers": 1}
+    loaded = loaded_from_denoiser(random_unet("tiny_dit", **changes), name="tiny")
+    plans = plan_model(loaded, recipe)
+    rows = torch.tensor([1.0, 1.5, 2.0], dtype=torch.float64)
+    keys = [key for plan in plans for key in activation_keys(plan)]
+    softmax = SoftmaxParameters(bits=8, scale=torch.tensor([1.0, 0.5, 1.0]), mode=torch.ones(3))
+    ranges = ActivationRanges(
+        low=dict.fromkeys(keys, -3 * rows),
+        high=dict.fromkeys(keys, 4 * rows),
+        timesteps=(900, 500, 10),
+        softmax={"transformer_blocks.0.attn1": softmax},
+    )
+    model = quantize_model(loaded, plans, recipe, ranges)
+    lowered = lower_to_onnx(model, tmp_path_factory.mktemp("classes") / "onnx", target_named("tensorrt-rtx"))
+    calls = check_calls(model, lowered.facts.io, 3, seed=0)
+    return Compiled(model=model, path=lowered.file.path, io=lowered.facts.io, calls=calls)
+
+
+def test_every_class_and_every_row_behind_softmax_is_compared(classes: Compiled, tmp_path: Path) -> None:
+    found = measured(classes, None, tmp_path, calls=3)
+    assert (found.problems, found.notes) == ([], [])
+    assert found.rows["classes"] == 11  # and the one for no class
+    assert found.rows["rows behind softmax"] == 3
+
+
+def test_a_class_that_no_call_has_is_named(classes: Compiled, tmp_path: Path) -> None:
+    assert not any(7 in call.inputs["class_labels"] for call in classes.calls)
+    edit = scaled("transformer_blocks.0.norm1.emb.class_embedder.embedding_table", (7, 3), 1.01)
+    (problem,) = measured(classes, edit, tmp_path).problems
+    assert "the embedding of a class differs: class 7" in problem
+
+
+def test_a_row_behind_softmax_that_no_call_visits_is_named(classes: Compiled, tmp_path: Path) -> None:
+    (problem,) = measured(classes, scaled("softmax_table/rows", (1, 0), 1.01), tmp_path).problems
+    assert "transformer_blocks.0.attn1.softmax_quantizer at row 1 (timestep 500)" in problem

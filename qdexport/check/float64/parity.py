@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
+import psutil
 from torch import nn
 
 from qdexport.check.calls import fit_inputs
@@ -15,9 +17,11 @@ from qdexport.check.float64.network import Difference, Float64Network, Tolerance
 from qdexport.check.float64.ops import UnsupportedError
 from qdexport.check.float64.tables import check_tables
 from qdexport.check.shapes import ShapePoint
+from qdexport.core.io_spec import IoSpec
 from qdexport.core.network_facts import NetworkFacts
 from qdexport.core.results import Float64Parity
 from qdexport.errors import ParityError
+from qdexport.graph.dimension import size_of
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.attach import QuantizedModel
 
@@ -38,6 +42,7 @@ TOLERANCES: Final = {
 }
 # one call of a network of this size takes a minute on two cores; whatever depends on the step is compared apart
 _LARGE_PARAMETERS: Final = 200_000_000
+_AT_ONCE: Final = 5  # tensors of the largest size: both sides, before and after an operator, and a difference
 _EPSILON_ROUNDING: Final = 1e-6
 _NORMS: Final = frozenset({"LayerNormalization", "InstanceNormalization", "GroupNormalization", "RMSNormalization"})
 _NAMED: Final = 4
@@ -73,6 +78,7 @@ def float64_parity(
     size = sum(parameter.numel() for parameter in model.denoiser.parameters())
     inputs = [fit_inputs(call.inputs, facts.io) for call in calls[: 1 if size > _LARGE_PARAMETERS else None]]
     work = [("", item) for item in inputs] + [(str(point), call.inputs) for point, call in shapes]
+    needed, free = _largest_bytes(network.graph, facts.io), int(psutil.virtual_memory().available)
     total = len(work) + 1
     result = Float64Parity(calls=0, tensors=0, sqnr_db=float("inf"))
     result.problems += _constants(network, model.denoiser)
@@ -81,6 +87,12 @@ def float64_parity(
         result.rows, result.notes = tables.rows, tables.notes
         result.problems += tables.problems
         network.pairings = tables.pairings
+        if needed > free:
+            result.notes.append(
+                f"whole calls in float64 need some {needed / 1e9:.0f} GB of memory, of which {free / 1e9:.0f} GB are "
+                "free: tables and constants were compared in float64, layers in ONNX Runtime alone"
+            )
+            work = []
         for done, (label, call) in enumerate(work):
             if on_progress is not None:
                 on_progress(done + 1, total)
@@ -95,6 +107,17 @@ def float64_parity(
     result.tensors, result.sqnr_db = network.seen.tensors, network.seen.least_db
     result.problems += _sentences(network.seen.differences)
     return result
+
+
+def _largest_bytes(graph: ir.Model, io: IoSpec) -> int:
+    """What the largest tensors of a call take in float64: the probabilities of attention, mostly."""
+    sizes = {dim.name: dim.high for dim in io.dynamic_dims}
+    largest = 0
+    for node in graph.graph:
+        for value in node.outputs:
+            dims = [size_of(dim, sizes) for dim in value.shape or ()]
+            largest = max(largest, math.prod(1 if size is None else size for size in dims))
+    return _AT_ONCE * 8 * largest
 
 
 def _sentences(differences: Sequence[Difference]) -> list[str]:
