@@ -140,7 +140,7 @@ def quantize_model(
         )
     body = _body_of(loaded, recipe)
     if recipe.allow_re_rounding:
-        plans = merge_weight_scales(plans)
+        plans = merge_weight_scales(loaded.denoiser, plans)
     denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == body else BODY_DTYPES[body])
     context = attach(denoiser, plans, ranges, training_steps_of(loaded))
     return QuantizedModel(

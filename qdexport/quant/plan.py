@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -111,13 +112,23 @@ def _is_scaled(settings: ChannelScale | None, name: str, kind: LayerKind) -> boo
     return settings is not None and kind in settings.kinds and settings.chooses(name)
 
 
-def merge_weight_scales(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """Gives 8-bit linear layers that read one tensor one weight scale between them.
+def merge_weight_scales(denoiser: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Gives 8-bit linear layers of one block that read one tensor one weight scale between them, where that helps.
 
     TensorRT-RTX multiplies a scale per output channel in a kernel behind the product, and one scale per tensor in the
-    product itself; it merges products of one input only when their scales agree. Narrower weights keep their scales
-    per channel: they would lose too much.
+    product itself, which then writes the body's type instead of FP32. Layers keep their scales where that would cost a
+    kernel: where several read one tensor and one has a bias (the builder makes one kernel of scales, biases and parts
+    of a merged product, but one for each part of biases alone, and merges the time embedding's layers of all blocks
+    only with scales per channel), and in front of an upsampling, with which it no longer fuses the sum. Narrower
+    weights keep them, too: they would lose too much.
     """
+    readers = Counter(plan.group for plan in plans if plan.quantized)
+    kept = {
+        plan.group
+        for plan in plans
+        if plan.quantized and readers[plan.group] > 1 and denoiser.get_submodule(plan.name).bias is not None
+    }
+    upsampled = _before_upsampling(denoiser)
     return [
         replace(plan, weight=plan.weight.model_copy(update={"granularity": Granularity.PER_GROUP}))
         if plan.weight is not None
@@ -125,9 +136,22 @@ def merge_weight_scales(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
         and plan.kind == "linear"
         and plan.weight.bits >= _MERGED_BITS
         and plan.weight.granularity is Granularity.PER_CHANNEL
+        and plan.group not in kept
+        and plan.name not in upsampled
         else plan
         for plan in plans
     ]
+
+
+def _before_upsampling(denoiser: nn.Module) -> set[str]:
+    """The linear layers that an upsampling reads, behind a residual sum: the last ones of a block's last attention."""
+    found = set()
+    for name, module in denoiser.named_modules():
+        attentions = getattr(module, "attentions", None)
+        if attentions is not None and getattr(module, "upsamplers", None) is not None:
+            last = f"{name}.attentions.{len(attentions) - 1}"
+            found |= {f"{last}.to_out.0", f"{last}.proj_out"}
+    return found
 
 
 def activation_keys(plan: LayerPlan) -> tuple[str, ...]:

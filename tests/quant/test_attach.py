@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from qdexport.core.spec import LayerPlan
 from qdexport.errors import ModelError
 from qdexport.models.denoiser import call_denoiser, example_inputs, io_spec, shortcut_splits
 from qdexport.models.load import LoadedModel, loaded_from_denoiser
-from qdexport.models.synthetic import random_unet
+from qdexport.models.synthetic import empty_unet, random_unet
 from qdexport.quant.affine import parameters_from_range
 from qdexport.quant.attach import (
     QuantizedModel,
@@ -25,7 +26,7 @@ from qdexport.quant.attach import (
     weight_scale,
 )
 from qdexport.quant.modules import QuantConv2d, QuantLinear, QuantSplitConv2d
-from qdexport.quant.plan import activation_keys, plan_layers
+from qdexport.quant.plan import activation_keys, merge_weight_scales, plan_layers
 from qdexport.quant.ranges import ActivationRanges, given_ranges
 from qdexport.quant.softmax import SoftmaxParameters
 
@@ -106,6 +107,40 @@ def test_one_weight_scale_for_layers_that_read_one_tensor(tiny: LoadedModel, mak
             scales.setdefault((plan.name.rpartition(".")[0], plan.group), []).append(scale)
     assert any(len(group) > 2 for group in scales.values())
     assert all(len({float(scale) for scale in group}) == 1 for group in scales.values())
+
+
+def _shared(denoiser: nn.Module, recipe: Recipe) -> set[str]:
+    """Layers that get a weight scale of their block."""
+    plans = plan_layers(denoiser, recipe)
+    merged = merge_weight_scales(denoiser, plans)
+    return {plan.name for plan, old in zip(merged, plans, strict=True) if plan != old}
+
+
+def test_products_with_a_bias_keep_their_scales(make_recipe: MakeRecipe) -> None:
+    """Measured with TensorRT-RTX 1.7: else a class-conditional UNet2DModel has 117 kernels instead of 101."""
+    found = _shared(empty_unet("tiny_class"), make_recipe())
+    # what one layer alone reads shares nothing with others; in front of the upsampling it would cost a kernel
+    attentions = ("down_blocks.1.attentions.0", "mid_block.attentions.0", "up_blocks.0.attentions.0")
+    assert found == {f"{name}.to_out.0" for name in attentions}
+
+
+@pytest.mark.parametrize("name", ["tiny_dit", "tiny_pixart", "tiny_sd3", "tiny_flux"])
+def test_transformers_share_where_one_layer_reads(make_recipe: MakeRecipe, name: str) -> None:
+    denoiser = empty_unet(name)
+    readers = Counter(plan.group for plan in plan_layers(denoiser, make_recipe()) if plan.quantized)
+    groups = {plan.name: plan.group for plan in plan_layers(denoiser, make_recipe())}
+    found = _shared(denoiser, make_recipe())
+    assert found
+    assert {readers[groups[layer]] for layer in found} == {1}
+
+
+def test_a_bias_keeps_the_scales_of_its_whole_product(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    projections = {f"{attention}.to_{part}" for part in "qkv"}
+    assert projections <= _shared(tiny.denoiser, make_recipe())
+    biased = shared_copy(tiny.denoiser)
+    biased.get_submodule(f"{attention}.to_k").bias = nn.Parameter(torch.zeros(32))  # type: ignore[assignment]
+    assert _shared(biased, make_recipe()) == _shared(tiny.denoiser, make_recipe()) - projections
 
 
 def test_narrow_weights_keep_their_scales(tiny: LoadedModel, make_recipe: MakeRecipe) -> None:
