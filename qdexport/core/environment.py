@@ -50,7 +50,7 @@ _RECORDED = (
     "scipy",
     "torchmetrics",
 )
-_CHILD_SECONDS = 60
+_CHILD_SECONDS = 300  # for what hangs: on a busy machine an import has taken a minute
 _TRY_TENSORRT = "import {0} as t; t.Builder(t.Logger(t.Logger.ERROR)); print(t.__version__)"
 _TRY_ONNXRUNTIME = "import json, onnxruntime as o; print(json.dumps(o.get_available_providers()))"
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9][\w.-]*)(?:>=([0-9.]+))?$")

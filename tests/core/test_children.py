@@ -61,7 +61,7 @@ def test_settings_of_matplotlib_in_the_current_folder_are_not_read(tmp_path: Pat
         "print(os.getcwd())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=child_environment(), capture_output=True,
-                          text=True, check=True, timeout=100)  # fmt: skip
+                          text=True, check=True)  # fmt: skip
     assert done.stdout.strip() == str(tmp_path)
 
 
