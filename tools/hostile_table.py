@@ -67,16 +67,21 @@ def all_rows() -> list[Row]:
 @click.command(epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--only", metavar="PATTERN", help="Rows whose group or description matches.")
 @click.option("--every", type=click.IntRange(1), default=1, help="Takes each n-th row.")
+@click.option(
+    "--seeds",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the valid inputs; kept, and used again.",
+)
 @click.option("--write-docs", is_flag=True, help="Rewrite the section in docs/reliability.md.")
 @click.option("--json", "as_json", is_flag=True, help="Print every outcome as JSON.")
-def main(only: str | None, every: int, write_docs: bool, as_json: bool) -> None:
+def main(only: str | None, every: int, seeds: Path | None, write_docs: bool, as_json: bool) -> None:
     """Run hostile inputs through every verb, each in a forked process. Ends with 1 when a row is not green.
 
     A row is green when the command ends in time with a documented code of the right kind and one message, shows no
     traceback and no control character, prints little, and writes nothing outside its output folder.
     """
     rows = [row for row in all_rows() if only is None or fnmatch.fnmatch(f"{row.group}: {row.what}", f"*{only}*")]
-    outcomes = run_rows(rows[::every])
+    outcomes = run_rows(rows[::every], seeds)
     if as_json:
         click.echo(json.dumps([_facts(item) for item in outcomes], indent=1))
     if write_docs:
@@ -84,7 +89,7 @@ def main(only: str | None, every: int, write_docs: bool, as_json: bool) -> None:
     sys.exit(any(item.wrong for item in outcomes))
 
 
-def run_rows(rows: list[Row]) -> list[Outcome]:
+def run_rows(rows: list[Row], kept: Path | None = None) -> list[Outcome]:
     """Runs rows one after the other, and tells of those that are not green and how much time is left."""
     import torch
 
@@ -92,7 +97,7 @@ def run_rows(rows: list[Row]) -> list[Outcome]:
     _import_everything()
     outcomes, started = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hostile-seeds-") as name:
-        seeds = make_seeds(Path(name))
+        seeds = make_seeds(kept or Path(name))
         for number, row in enumerate(rows, 1):
             outcome = run_row(row, seeds)
             outcomes.append(outcome)

@@ -155,6 +155,16 @@ def plan_cost(plan: Plan, gpu: Gpu) -> PlanCost:
 
 
 def _kernel_cost(kernel: KernelFact, gpu: Gpu, frozen: set[str]) -> KernelCost:
+    try:
+        return _cost_of(kernel, gpu, frozen)
+    except (IndexError, ValueError, StopIteration, ArithmeticError) as error:
+        raise BuildError(
+            f"kernel {kernel.name!r} of the plan has tensors that a {kernel.kind} cannot have (inputs "
+            f"{', '.join(kernel.inputs) or 'none'}); build the engine again"
+        ) from error
+
+
+def _cost_of(kernel: KernelFact, gpu: Gpu, frozen: set[str]) -> KernelCost:
     fused = is_fused_attention(kernel)
     inputs = _distinct(plan_tensors(kernel.inputs), frozen, fused=fused)
     outputs = _distinct(plan_tensors(kernel.outputs), frozen, fused=fused)

@@ -68,7 +68,7 @@ def digest_of_files(files: Mapping[str, str]) -> str:
     """One SHA-256 over the names of files and their digests."""
     digest = hashlib.sha256()
     for name in sorted(files, key=lambda name: name.split("/")):
-        digest.update(f"{name}\0{files[name]}\n".encode())
+        digest.update(f"{name}\0{files[name]}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from qdexport.core.io_spec import Dim, IoSpec, Profile, TensorSpec
 from qdexport.core.recipe import Shapes
-from qdexport.errors import RecipeError
+from qdexport.errors import ModelError, RecipeError
 from qdexport.models.denoiser_calls import call_denoiser, example_inputs, named_inputs
 from qdexport.models.denoiser_classes import (
     DIT,
@@ -69,8 +69,10 @@ def latent_size(denoiser: nn.Module) -> tuple[int | None, int | None]:
     size = config_of(denoiser).get("sample_size", _FLUX_SIZE if family_of(denoiser) == FLUX else None)
     if size is None or isinstance(size, int):
         return size, size
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(item, int) for item in size):
+        raise ModelError(f"sample_size in the {type(denoiser).__name__}'s config is {size!r}, not one or two sizes")
     height, width = size
-    return int(height), int(width)
+    return height, width
 
 
 def size_multiple(denoiser: nn.Module) -> int:

@@ -283,8 +283,8 @@ def _load_pipeline(
     import diffusers
 
     with quiet_libraries():  # the first look at a class imports it, with warnings about optional packages
-        cls = getattr(diffusers, index["_class_name"], None)
-    if cls is None:
+        cls: Any = getattr(diffusers, index["_class_name"], None)
+    if not _is_pipeline(cls):
         raise ModelError(
             f"diffusers {diffusers.__version__} has no pipeline {index['_class_name']!r} "
             f"({folder / 'model_index.json'}); install the diffusers that wrote it"
@@ -306,6 +306,12 @@ def _load_pipeline(
         )
         pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _is_pipeline(kind: Any) -> bool:
+    from diffusers import DiffusionPipeline
+
+    return isinstance(kind, type) and issubclass(kind, DiffusionPipeline)
 
 
 def _sampling_defaults(pipeline: Any | None, denoiser: nn.Module, *, has_evaluator: bool) -> SamplingDefaults:

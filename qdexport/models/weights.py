@@ -196,8 +196,9 @@ def _shards(index: Path) -> tuple[Path, ...]:
     # a model's files may be links to where a tool keeps their contents, in the model's own folder
     whole = index.parent.parent
     home = whole if (whole / "model_index.json").is_file() else None
-    shards = tuple(below(index.parent, name, index, home=home) for name in names)
-    missing = [name for name, path in zip(names, shards, strict=True) if not path.is_file()]
+    with reading(index, ModelError, _REMEDY, what="names shards that there cannot be"):
+        shards = tuple(below(index.parent, name, index, home=home) for name in names)
+        missing = [name for name, path in zip(names, shards, strict=True) if not path.is_file()]
     if missing:
         raise ModelError(
             f"{index} names {len(names)} shards, but {missing[0]} is not there "
@@ -256,13 +257,26 @@ def _read_header(path: Path, remedy: str = _REMEDY) -> dict[str, dict[str, Any]]
         )
     with reading(path, ModelError, remedy, what="has a broken safetensors header"):
         header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError(f"it is a JSON {type(header).__name__}, not an object")  # noqa: TRY004 - of the file
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        declared = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        declared = 8 + length + max(map(_end_of, entries, entries.values()), default=0)
     if size < declared:
         raise ModelError(
             f"{path} is truncated: it has {size} bytes, its header declares {declared}; {remedy}"
         )
     return entries
+
+
+def _end_of(name: str, entry: Any) -> int:
+    """Where the numbers of a tensor end, counted from the header's end."""
+    known = {"dtype": str, "shape": list, "data_offsets": list}
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), kind) for key, kind in known.items()):
+        raise ValueError(f"tensor {name!r} has no dtype, shape and data_offsets")
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    if len(entry["data_offsets"]) != 2 or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"tensor {name!r} has the shape {entry['shape']} at {entry['data_offsets']}")
+    return int(entry["data_offsets"][1])
 
 
 def _refuse_pointer(path: Path) -> None:

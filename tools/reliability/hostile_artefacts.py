@@ -71,8 +71,9 @@ def artefact_rows() -> Iterator[Row]:
         for verb in ("inspect", "export", "quantize"):
             yield _row("manifest.json", f"{what} ({verb})", _with_artifact(artifact, verb), (0, 2, 3, 10))
     for what, plan in _PLANS.items():
-        yield _inspected("plan.json", what, "plan.json", json.dumps(plan), (0, 3))
-        yield _inspected("plan.json", f"{what}, with --gpu", "plan.json", json.dumps(plan), (0, 3), "--gpu", "rtx-4090")
+        text, codes = json.dumps(plan), (0, 3, 7, 10)
+        yield _inspected("plan.json", what, "plan.json", text, codes)
+        yield _inspected("plan.json", f"{what}, with --gpu", "plan.json", text, codes, "--gpu", "rtx-4090")
     yield from _reports()
     yield from _binaries()
     yield from _golden()
@@ -82,7 +83,8 @@ def artefact_rows() -> Iterator[Row]:
         ("other rules", "name: r\nrules: [{match: nothing, weight: {bits: 8}}]\n"),
         ("a billion laughs", "a: &a [x]\nb: *a\n" * 3),
     ):
-        yield _row("checkpoint/recipe.yaml", what, _damaged("checkpoint/recipe.yaml", text.encode(), "export"), (2, 3))
+        file = "checkpoint/recipe.yaml"
+        yield _row(file, what, _damaged(file, text.encode(), "export"), (2, 3, 10))
     for what, make in _onnx_files().items():
         yield _row("ONNX file", what, make, (0, 3))
 
@@ -92,7 +94,7 @@ def _binaries() -> Iterator[Row]:
     file = "quantization.safetensors"
     for what, data in SAFETENSORS.items():
         for verb in ("inspect", "export"):
-            yield _row(file, f"{what} ({verb})", _damaged(f"checkpoint/{file}", data, verb), (3,))
+            yield _row(file, f"{what} ({verb})", _damaged(f"checkpoint/{file}", data, verb), (3, 10))
     contents: dict[str, bytes | None] = {
         "empty": b"",
         "random bytes": bytes(range(256)),
@@ -100,10 +102,9 @@ def _binaries() -> Iterator[Row]:
         "a zip file": b"PK\x05\x06" + b"\0" * 18,
     }
     for what, content in contents.items():
-        for file in ("onnx/model.onnx", "onnx/model.onnx.data"):
-            for verb in ("validate", "sample", "build", "inspect"):
-                codes = (0, 3) if verb == "inspect" else (3, 6, 7, 8, 9)
-                yield _row(file, f"{what} ({verb})", _damaged(file, content, verb), codes)
+        for verb in ("validate", "sample", "build", "inspect"):
+            codes = (3, 10) if verb == "inspect" else (3, 6, 7, 8, 9, 10)
+            yield _row("onnx/model.onnx", f"{what} ({verb})", _damaged("onnx/model.onnx", content, verb), codes)
 
 
 def _row(group: str, what: str, make: Any, codes: tuple[int, ...], says: tuple[str, ...] = ()) -> Row:
@@ -126,14 +127,11 @@ def _damaged(file: str, content: bytes | None, verb: str) -> Any:
         path = out / file
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
-        at = (
-            path
-            if verb == "inspect" and file.endswith(".onnx")
-            else out / "checkpoint"
-            if "quantization" in file and verb == "inspect"
-            else out
-        )
-        return _command(place, verb, at)
+        if verb == "inspect" and file.startswith(("onnx/", "checkpoint/")):
+            # alone: there is no manifest beside it that knows how it was
+            alone = path.parent.rename(place.folder / "alone")
+            return ["inspect", alone / path.name if file.endswith(".onnx") else alone]
+        return _command(place, verb, out)
 
     return make
 
@@ -141,7 +139,7 @@ def _damaged(file: str, content: bytes | None, verb: str) -> Any:
 def _of_folder(file: str, what: str, text: str | bytes) -> Iterator[Row]:
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if file == "onnx/passes.json":
-        yield _row(file, what, _explained(data), (3,))
+        yield _row(file, what, _explained(data), (3, 10))
         return
     for verb in ("inspect", "export", "quantize"):
         yield _row(file, f"{what} ({verb})", _damaged(file, data, verb), (0, 3, 10))
@@ -157,7 +155,9 @@ def _explained(data: bytes) -> Any:
     return make
 
 
-def _inspected(group: str, what: str, name: str, text: str | bytes, codes: tuple[int, ...] = (3,), *more: str) -> Row:
+def _inspected(
+    group: str, what: str, name: str, text: str | bytes, codes: tuple[int, ...] = (3, 10), *more: str
+) -> Row:
     return _row(group, what, lambda place: ["inspect", place.write(name, text), *more], codes)
 
 
@@ -199,7 +199,7 @@ def _reports() -> Iterator[Row]:
                 (out / "report.json").write_text(json.dumps(value))
                 return ["inspect", out, *more]
 
-            yield _row("report.json", f"{what}{' (--json)' if more else ''}", make, (0, 3))
+            yield _row("report.json", f"{what}{' (--json)' if more else ''}", make, (0, 3, 10))
 
 
 def _golden() -> Iterator[Row]:
@@ -220,7 +220,7 @@ def _golden() -> Iterator[Row]:
                 file.write_bytes(data)
             return ["validate", out]
 
-        yield _row("golden", what, make, (0, 3, 8))
+        yield _row("golden", what, make, (0, 3, 8, 10))
 
 
 def _object_array() -> bytes:

@@ -220,8 +220,8 @@ _READERS: dict[str, tuple[Callable[[Place, Path], list[object]], str, tuple[int,
         (2, 5),
     ),
     "ONNX file": (lambda _, path: ["inspect", path], "m.onnx", (3,)),
-    "plan": (lambda _, path: ["inspect", path], "plan.json", (3,)),
-    "plan with --gpu": (lambda _, path: ["inspect", path, "--gpu", "a100"], "plan.json", (3,)),
+    "plan": (lambda _, path: ["inspect", path], "plan.json", (3, 10)),
+    "plan with --gpu": (lambda _, path: ["inspect", path, "--gpu", "a100"], "plan.json", (3, 10)),
     "unet/config.json": (lambda place, _: place.quantize(place.folder / "nano"), "nano/unet/config.json", (3,)),
     "weights": (
         lambda place, _: place.quantize(place.folder / "nano"),
@@ -235,13 +235,13 @@ _READERS: dict[str, tuple[Callable[[Place, Path], list[object]], str, tuple[int,
         (3,),
     ),
     "manifest.json": (lambda place, _: ["export", place.folder / "out"], "out/manifest.json", (3, 10)),
-    "report.json": (lambda place, _: ["inspect", place.folder / "out"], "out/report.json", (3,)),
+    "report.json": (lambda place, _: ["inspect", place.folder / "out"], "out/report.json", (3, 10)),
     "quantization.safetensors": (
         lambda place, _: ["export", place.folder / "out"],
         "out/checkpoint/quantization.safetensors",
-        (3,),
+        (3, 10),
     ),
-    "model.onnx": (lambda place, _: ["validate", place.folder / "out"], "out/onnx/model.onnx", (3, 6, 8)),
+    "model.onnx": (lambda place, _: ["validate", place.folder / "out"], "out/onnx/model.onnx", (3, 6, 8, 10)),
     "output folder": (
         lambda place, path: ["quantize", place.seeds.nano, "--recipe", place.recipe, "--out", path],
         "out-kind",
@@ -292,9 +292,9 @@ def _odd_names() -> Iterator[Row]:
     for what, name in names.items():
         stem = name.removeprefix("./")
         yield _row("name", f"{what}: a recipe that is wrong", _named(f"{stem}.yaml", "x", ["recipes"]), (2,))
-        yield _row("name", f"{what}: an ONNX file", _named(f"{stem}.onnx", "x", ["inspect"]), (3,))
-        yield _row("name", f"{what}: a plan", _named(f"{stem}.json", "x", ["inspect"]), (3,))
-        yield _row("name", f"{what}: a model folder", _model_named(stem), (0,))
+        yield _row("name", f"{what}: an ONNX file", _named(f"{stem}.onnx", "x", ["inspect"]), (3, 10))
+        yield _row("name", f"{what}: a plan", _named(f"{stem}.json", "x", ["inspect"]), (3, 10))
+        yield _row("name", f"{what}: a model folder", _model_named(stem), (0, 3) if "UTF-8" in what else (0,))
         yield _row("name", f"{what}: a bit plan", _bits_named(f"{stem}.yaml"), (2,))
 
         def out(place: Place, stem: str = stem) -> list[object]:

@@ -74,7 +74,6 @@ _TEXTS: dict[str, str | bytes] = {
     "candidates: 10**12": _VALID + "bit_allocation: {candidates: 1000000000000}\n",
     "batch: 10**12": _VALID + "shapes: {batch: 1000000000000}\n",
     "height: 10**9": _VALID + "shapes: {height: 1000000000}\n",
-    "batch: [3, 2, 1]": _VALID + "shapes: {batch: [3, 2, 1]}\n",
     "batch: 0": _VALID + "shapes: {batch: 0}\n",
     "a thousand profiles": _VALID + "shapes: {profiles: [" + "{batch: 2}, " * 1000 + "]}\n",
     "bits: 1": _VALID.replace("bits: 8", "bits: 1"),
@@ -100,6 +99,7 @@ _TEXTS: dict[str, str | bytes] = {
     "compute_capabilities: [[8]]": _VALID + "compute_capabilities: [[8]]\n",
 }
 _FINE: dict[str, str] = {
+    "batch: [3, 2, 1] (refused with the model)": _VALID + "shapes: {batch: [3, 2, 1]}\n",
     "opset: 7 (targets have their own limits)": _VALID + "opset: 7\n",
     "a name that drives the terminal": _VALID.replace("name: r", 'name: "\\e]0;owned\\a"'),
     "a description of rich markup": _VALID + 'description: "[bold]x[/bold] [/]"\n',

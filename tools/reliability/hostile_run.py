@@ -109,26 +109,28 @@ class Outcome:
 
 
 def make_seeds(folder: Path) -> Seeds:
-    """Writes the valid inputs. Compiling takes some seconds."""
+    """Writes the valid inputs, unless the folder has them. Compiling takes some seconds."""
     import torch
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     from qdexport.models.tiny import save_tiny_pipeline
 
+    seeds = Seeds(folder / "nano", folder / "sd", folder / "out")
+    if (seeds.out / "report.json").is_file():
+        return seeds
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8, in_channels=3, out_channels=3, block_out_channels=(16,), layers_per_block=1, norm_num_groups=8,
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), attention_head_dim=8,
     )  # fmt: skip
-    nano, out = folder / "nano", folder / "out"
-    DDIMPipeline(unet=unet, scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(nano)
-    save_tiny_pipeline(folder / "sd", "sd")
-    place = Place(folder, Seeds(nano, folder / "sd", out))
-    arguments = ["compile", nano, "--recipe", place.recipe, "--target", "onnxruntime", "--out", out]
+    DDIMPipeline(unet=unet, scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(seeds.nano)
+    save_tiny_pipeline(seeds.sd, "sd")
+    recipe = Place(folder, seeds).recipe
+    arguments = ["compile", seeds.nano, "--recipe", recipe, "--target", "onnxruntime", "--out", seeds.out]
     code, text, _ = _in_fork([str(item) for item in arguments], folder, 600.0)
     if code != 0:
         raise RuntimeError(f"the valid input does not compile (exit {code}): {text[-2000:]}")
-    return place.seeds
+    return seeds
 
 
 def run_row(row: Row, seeds: Seeds) -> Outcome:
