@@ -7,6 +7,7 @@ that.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -62,13 +63,13 @@ class Stage:
     unless_absent: tuple[str, ...] = ()
     also_reads: tuple[str, ...] = ()
     sections: tuple[str, ...] = ()
-    remedy: str = "qdexport compile MODEL --out {out}"
+    remedy: str = "qdexport compile {model} --out {out}"
 
 
 # in an order in which they can be made; what a stage is made from stands before it
 STAGES: Final = (
-    Stage(name="quantize", remedy="qdexport quantize MODEL --out {out}"),
-    Stage(name="search", made_from=("quantize", "target"), remedy="qdexport search MODEL --out {out}"),
+    Stage(name="quantize", remedy="qdexport quantize {model} --out {out}"),
+    Stage(name="search", made_from=("quantize", "target"), remedy="qdexport search {model} --out {out}"),
     Stage(
         name="export",
         made_from=("quantize", "search", "target"),
@@ -217,10 +218,10 @@ def check_made(root: Path, manifest: Manifest, name: str) -> None:
     lineage = Lineage(root, manifest)
     missing = lineage.missing(name)
     if missing is not None:
-        raise ModelError(f"{root} holds no {_what(missing)}; run `{remedy_of(root, missing)}`")
+        raise ModelError(f"{root} holds no {_what(missing)}; run `{remedy_of(root, manifest, missing)}`")
     for item in sorted(lineage.read_by(name), key=lambda item: order_of(item.stage)):
         # first whole, then current: what is damaged says nothing about what it was made from
-        check_whole(root, [item], f"run `{remedy_of(root, item.stage)}` to make it again")
+        check_whole(root, [item], f"run `{remedy_of(root, manifest, item.stage)}` to make it again")
         if lineage.is_stale(item.stage):
             raise ModelError(_stale(root, manifest, item))
 
@@ -230,7 +231,7 @@ def _stale(root: Path, manifest: Manifest, item: Artifact) -> str:
     other = "from another checkpoint" if same_target else "for another target"
     return (
         f"the {_what(item.stage)} in {root} was made {other} than the one that is there now (or by another version of "
-        f"qdexport); run `{remedy_of(root, item.stage)}`"
+        f"qdexport); run `{remedy_of(root, manifest, item.stage)}`"
     )
 
 
@@ -249,12 +250,12 @@ def next_command(root: Path, manifest: Manifest, *, builds: bool) -> str | None:
     """
     made = Lineage(root, manifest).made()
     wanted = ("quantize", "export", *(("build",) if builds else ()), "validate")
-    return next((remedy_of(root, stage) for stage in wanted if stage not in made), None)
+    return next((remedy_of(root, manifest, stage) for stage in wanted if stage not in made), None)
 
 
-def remedy_of(root: Path, name: str) -> str:
+def remedy_of(root: Path, manifest: Manifest, name: str) -> str:
     """The command that makes what a stage makes."""
-    return stage_named(name).remedy.format(out=root)
+    return stage_named(name).remedy.format(out=shlex.quote(str(root)), model=shlex.quote(manifest.model))
 
 
 def _what(name: str) -> str:

@@ -104,7 +104,7 @@ def test_a_report_holds_the_keys_of_the_stages_that_ran(tmp_path: Path) -> None:
     report().save(tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
     assert "onnx" not in data["quality"]
-    assert data["quality"]["fp"] == {"alignment": 0.98, "frechet": 240.0}
+    assert data["quality"]["fp"] == {"alignment": 0.98, "frechet": 240.0, "not_finite": 0}
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_what_a_report_says_goes_with_its_stage() -> None:
 @pytest.mark.parametrize(
     ("gone", "verb", "remedy"),
     [
-        ("quantize", "export", "qdexport quantize MODEL --out"),
+        ("quantize", "export", "qdexport quantize m --out"),
         ("export", "build", "qdexport export"),
         ("export", "validate", "qdexport export"),
         (f"export:{NET}", f"build:{NET}", "qdexport export"),
