@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import platform
@@ -21,7 +20,8 @@ from qdexport import __version__
 from qdexport.cli.console import json_printed, print_json, say
 from qdexport.core.reading import is_ours, reason
 from qdexport.core.shown import one_line
-from qdexport.errors import INTERRUPTED_EXIT_CODE, OutputError, QdExportError
+from qdexport.core.writing import STORAGE_ERRORS, write_failure
+from qdexport.errors import INTERRUPTED_EXIT_CODE, QdExportError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,9 +90,11 @@ def _ending(error: BaseException) -> _Ending:
         return _Ending(error.exit_code, "usage", f"Error: {error.format_message()}{hint}")
     if isinstance(error, click.ClickException):
         return _Ending(error.exit_code, "error", f"Error: {error.format_message()}")
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO}:
-        where = error.filename or "the terminal's output, or where it goes,"
-        return _Ending(OutputError.exit_code, OutputError.kind, f"Error: cannot write {where}: {error.strerror}")
+    # of a file that is only read, other things are more likely than that something cannot be written
+    if not isinstance(error, OSError) or error.errno in STORAGE_ERRORS:
+        failure = write_failure(error)
+        if failure is not None:
+            return _Ending(failure.exit_code, failure.kind, f"Error: {failure}")
     told = reason(error)
     if isinstance(error, MemoryError):
         told = f"{told}; close other programs, or ask for smaller batches and sizes"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 
+from qdexport.core.writing import write_failure
 from qdexport.errors import OutputError
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: the folder cannot be written, or another process holds the lock.
     """
-    real_folder(folder)
     try:
+        real_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK_FILE)
         with warnings.catch_warnings():
@@ -40,7 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise OutputError(f"another process is working in {folder}; wait for it or choose another folder") from error
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror}; choose another folder") from error
+        raise write_failure(error, folder) or OutputError(f"cannot write {folder}; choose another folder") from error
     try:
         yield
     finally:

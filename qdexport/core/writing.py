@@ -17,7 +17,7 @@ from qdexport.errors import OutputError, QdExportError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["output_errors", "scratch_folder", "unexplained_failure", "write_failure"]
+__all__ = ["STORAGE_ERRORS", "output_errors", "scratch_folder", "unexplained_failure", "write_failure"]
 
 _ELSEWHERE: Final = "choose another output folder"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -31,7 +31,7 @@ _ADVICE: Final = {
     errno.EISDIR: "a folder has the name of a file that has to be written; move it away",
     errno.EEXIST: f"something else has this name; move it away or {_ELSEWHERE}",
     errno.ENOTEMPTY: f"something else was put there meanwhile; move it away or {_ELSEWHERE}",
-    errno.ENOENT: "something removed it meanwhile; run the same command again",
+    errno.ENOENT: f"its folder cannot be made, or was removed meanwhile; run the same command again or {_ELSEWHERE}",
     errno.ENAMETOOLONG: "choose an output folder with a shorter name",
     errno.ELOOP: f"the links in this path lead in a circle; {_ELSEWHERE}",
     errno.EINVAL: f"the file system does not take this name or this kind of file; {_ELSEWHERE}",
@@ -48,7 +48,7 @@ _ADVICE: Final = {
     errno.ENOMEM: "memory is short; close programs, or use fewer workers, and run the same command again",
 }
 # what a library may hide in an error of its own; others (a file that is not there) are more often about what is read
-_HIDDEN: Final = frozenset(
+STORAGE_ERRORS: Final = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG}
 )
 _NUMBER: Final = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")  # Rust: safetensors, tokenizers
@@ -119,7 +119,7 @@ def write_failure(error: BaseException, path: Path | None = None, needs: int | N
     if file is not None and path is not None and not _near(file, path):
         return OutputError(f"cannot use {file}, which is needed to write {path}: {reason}")
     advice = _ADVICE.get(number, _ELSEWHERE) + (_room(path or file, needs) if number in _FULL else "")
-    return OutputError(f"cannot write {path or file or 'a file'}: {reason}; {advice}")
+    return OutputError(f"cannot write {path or file or 'a file, or where the output goes'}: {reason}; {advice}")
 
 
 def unexplained_failure(path: Path) -> OutputError:
@@ -149,13 +149,13 @@ def _system_error(error: BaseException, path: Path | None) -> tuple[int, Path | 
 
 def _number_in(error: BaseException) -> int | None:
     text = str(error)
-    if isinstance(error, OSError) and error.errno in _HIDDEN:
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         return error.errno
     for match in _NUMBER.finditer(text):
         number = int(match[1] or match[2])
         if number != errno.ENOENT:  # of a file that is read
             return number
-    return next((number for number in _HIDDEN if os.strerror(number) in text), None)
+    return next((number for number in STORAGE_ERRORS if os.strerror(number) in text), None)
 
 
 def _why_short(path: Path | None) -> int:

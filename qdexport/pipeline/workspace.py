@@ -16,6 +16,7 @@ from qdexport.core.lock import locked, real_folder
 from qdexport.core.paths import below
 from qdexport.core.replace import sweep
 from qdexport.core.results import Artifact, ArtifactKind, Manifest, Report, StageFacts
+from qdexport.core.writing import output_errors
 from qdexport.errors import ModelError
 from qdexport.pipeline.continuing import MANIFEST_FILE, REPORT_FILE, continued
 from qdexport.pipeline.lineage import Lineage, check_made, clear_results, has_results, order_of
@@ -73,7 +74,8 @@ class Workspace:
             OutputError: the folder cannot be written, another process works in it, it holds files and no manifest of
                 ours, or a link or a folder of the user's is where a stage writes.
         """
-        _refuse_foreign(root)  # before anything is written there, the lock included
+        with output_errors(root):
+            _refuse_foreign(root)  # before anything is written there, the lock included
         with locked(root):
             _refuse_foreign(root)
             sweep(root)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from qdexport.core.files import atomic_dir, atomic_path, write_text
+from qdexport.core.lock import locked
 from qdexport.core.writing import output_errors, scratch_folder, write_failure
 from qdexport.errors import ModelError, OutputError
 
@@ -240,3 +241,10 @@ except OutputError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "File too large; let files be larger" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_output_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, told in (("n" * 300, "an output folder with a shorter name"), ("file/out", "cannot write .*/file/out")):
+        with pytest.raises(OutputError, match=told), locked(tmp_path / name):
+            pass
