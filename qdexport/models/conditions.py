@@ -4,6 +4,7 @@ pipeline without text encoders. Drawn from seeds and prompts, so that runs repea
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,13 +13,40 @@ import torch
 from torch import Tensor, nn
 
 from qdexport.core.recipe import Shapes
-from qdexport.models.denoiser_classes import DIT, config_of, family_of
+from qdexport.errors import ModelError
+from qdexport.models.denoiser_classes import DIT, FLUX, config_of, family_of
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.loaded import LoadedModel
 
-__all__ = ["class_labels", "lacks_text_encoder", "text_arguments"]
+__all__ = ["check_guidance", "check_prompts", "class_labels", "lacks_text_encoder", "text_arguments"]
 
 _EMPTY = ""  # the prompt of the unguided half
+
+
+def check_prompts(loaded: LoadedModel, prompts: Sequence[str]) -> None:
+    """Refuses prompts of the user's for a model that reads no text. Raises ``ModelError``."""
+    known = inspect.signature(type(loaded.pipeline).__call__).parameters
+    if loaded.pipeline is not None and "prompt" not in known and any(prompts):
+        kind = "classes" if "class_labels" in known else "noise alone"
+        raise ModelError(
+            f"{type(loaded.pipeline).__name__} makes pictures from {kind} and takes no prompts; leave them out "
+            "(--prompt, calibration.prompts_file)"
+        )
+
+
+def check_guidance(loaded: LoadedModel, guidance_scale: float | None) -> None:
+    """Refuses a guidance scale, other than the model's usual one, where it would change nothing.
+
+    Raises:
+        ModelError: the pipeline has no guidance, or FLUX was distilled to sample without.
+    """
+    if loaded.pipeline is None or guidance_scale in (None, loaded.defaults.guidance_scale, 0, 1):
+        return
+    name = type(loaded.pipeline).__name__
+    unguided = "guidance_scale" not in inspect.signature(type(loaded.pipeline).__call__).parameters
+    if unguided or (family_of(loaded.denoiser) == FLUX and not config_of(loaded.denoiser).get("guidance_embeds")):
+        why = "has no guidance" if unguided else "is distilled to sample without guidance"
+        raise ModelError(f"a guidance scale of {guidance_scale:g} would change nothing: {name} {why}; leave it out")
 
 
 def class_labels(denoiser: nn.Module, seeds: Sequence[int]) -> Tensor | None:

@@ -28,7 +28,7 @@ from qdexport.core.reading import reading
 from qdexport.core.timesteps import equal_reach
 from qdexport.errors import ModelError
 from qdexport.models import shapes
-from qdexport.models.conditions import class_labels, lacks_text_encoder, text_arguments
+from qdexport.models.conditions import check_guidance, class_labels, lacks_text_encoder, text_arguments
 from qdexport.models.denoiser_classes import config_of
 from qdexport.models.denoiser_io import named_inputs
 from qdexport.models.extra_inputs import sequence_length
@@ -288,6 +288,7 @@ def _batches(
     on_progress: OnProgress | None,
 ) -> Iterator[NDArray[np.float32]]:
     pipeline, done = _pipeline(loaded), 0
+    check_guidance(loaded, request.guidance_scale)
     total, reach = call_count(loaded, request), equal_reach(scheduler_timesteps(loaded, request.steps))
 
     def after() -> None:

@@ -12,6 +12,7 @@ from qdexport.core.reading import reading
 from qdexport.core.timesteps import TOLERANCE, whole_step
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_classes import FLUX, SD3, config_of, family_of
+from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.loaded import LoadedModel
 
 __all__ = ["has_fractions", "scheduler_timesteps", "timestep_dtype", "timestep_rounding"]
@@ -60,7 +61,8 @@ def scheduler_timesteps(loaded: LoadedModel, steps: int | None) -> list[int | fl
     if loaded.scheduler is None:
         raise ModelError(f"{loaded.name} has no scheduler; give the whole pipeline's folder")
     count = steps or loaded.defaults.steps
-    with reading(type(loaded.scheduler).__name__, ModelError, what=f"cannot sample in {count} steps"):
+    what = f"cannot sample in {count} steps"
+    with reading(type(loaded.scheduler).__name__, ModelError, what=what), quiet_libraries():
         # a copy: set_timesteps changes the scheduler that a pipeline may be using
         scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
         scheduler.set_timesteps(count, **_settings(loaded, scheduler, count))

@@ -15,6 +15,7 @@ from qdexport.core.paths import below
 from qdexport.core.results import Manifest
 from qdexport.emit.facts import read_companion_facts, read_network_facts
 from qdexport.errors import ModelError
+from qdexport.models.conditions import check_guidance, check_prompts
 from qdexport.models.load import load_model
 from qdexport.models.sampling import sample, schedule
 from qdexport.models.scheduler_choice import with_scheduler
@@ -67,6 +68,8 @@ class Denoisers:
         Raises:
             ModelError: the scheduler cannot take so many steps, or has timesteps that the network's tables lack.
         """
+        check_prompts(self.loaded, request.prompts)
+        check_guidance(self.loaded, request.guidance_scale)
         timesteps = schedule(self.loaded, request.steps)
         if "onnx" in self.by_kind and self.facts is not None:
             self.facts.check_timesteps(timesteps)

@@ -19,6 +19,7 @@ from qdexport.core.recipe import Calibration, Recipe, SoftmaxQuant
 from qdexport.core.spec import LayerPlan
 from qdexport.core.timesteps import distinct, nearest_row
 from qdexport.errors import ModelError, RecipeError
+from qdexport.models.conditions import check_prompts
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.sampling import OnProgress, SampleRequest, prompts_for, sample, schedule
 from qdexport.models.schedules import timestep_dtype
@@ -206,6 +207,7 @@ def calibration_prompts(loaded: LoadedModel, calibration: Calibration) -> list[s
             f"calibration.prompts_file: {path} has {len(lines)} prompts, calibration.prompts asks "
             f"for {calibration.prompts}; add lines or set calibration.prompts to {len(lines)}"
         )
+    check_prompts(loaded, lines)
     return lines[: calibration.prompts]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdexport.errors import ModelError
+from qdexport.models.conditions import check_prompts
 from qdexport.models.denoiser import call_denoiser
 from qdexport.models.load import LoadedModel, load_model, loaded_from_denoiser
 from qdexport.models.sampling import (
@@ -344,3 +345,15 @@ def test_bundled_model_draws_what_it_is_asked_for() -> None:
     evaluator = load_evaluator()
     # 0.988 of 256 are aligned; fewer than 7 of 8 has a chance below one in 200
     assert evaluator.alignment(torch.from_numpy(images), prompts) >= 7 / 8
+
+
+def test_prompts_and_guidance_that_change_nothing_are_refused(tiny_models: dict[str, LoadedModel]) -> None:
+    pixels, text = tiny_models["unet2d"], tiny_models["sd"]
+    with pytest.raises(ModelError, match="DDIMPipeline makes pictures from noise alone and takes no prompts"):
+        check_prompts(pixels, PROMPTS)
+    check_prompts(pixels, ("", ""))
+    check_prompts(text, PROMPTS)
+    with pytest.raises(ModelError, match=r"a guidance scale of 4 would change nothing: DDIMPipeline has no guidance"):
+        sample(pixels, _request(guidance_scale=4.0))
+    assert len(sample(pixels, _request(prompts=("",), guidance_scale=1.0))) == 1
+    assert len(sample(text, _request(prompts=("a",), guidance_scale=4.0))) == 1
