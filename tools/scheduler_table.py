@@ -1,17 +1,18 @@
-"""Which schedulers of diffusers work with a compiled network: every one, with its spacings, sigmas and 1 to 50 steps.
+"""Which schedulers of diffusers work with a compiled network: each with its spacings and sigmas, 1 to 50 steps.
 
     python tools/scheduler_table.py            # prints the table of docs/schedulers.md; minutes
     python tools/scheduler_table.py Euler Heun # of some, by the beginning of their names
 
-Each is put into a tiny Stable Diffusion of random weights, which samples in three steps. Its schedules are asked for rows
-of the table that `auto` makes for a model with whole timesteps (another scheduler of a compiled folder), and of the one
-that it makes for this scheduler (the model's own).
+Each is put into a tiny Stable Diffusion of random weights, which samples in three steps. Its schedules are asked for
+rows of the table that `auto` makes for a model with whole timesteps (another scheduler of a compiled folder), and of
+the one that it makes for this scheduler (the model's own).
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from qdexport.models.loaded import LoadedModel
     from qdexport.quant.attach import QuantizedModel
 
-STEPS = range(1, 51)
+STEPS = (*range(1, 11), 15, 20, 25, 28, 30, 40, 50)
 SAMPLED = 3
 LISTED = ("timestep_spacing", "beta_schedule", "prediction_type", "use_karras_sigmas", "use_exponential_sigmas",
           "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type", "algorithm_type", "solver_order")  # fmt: skip
@@ -74,13 +75,18 @@ def answer(function: Any) -> str:
     try:
         function()
     except QdExportError as error:
-        return str(error).split("; ")[0].replace("|", "/")[:150]
+        return _sentence(error)
     return "works"
 
 
-def as_own(loaded: LoadedModel, steps: int) -> None:
+def _sentence(error: QdExportError) -> str:
+    """What failed, without the numbers and paths of this run."""
+    words = re.sub(r" \[[^\]]*\](?: \.\.\.)?| in \d+ steps| of /\S+", "", str(error).split("; ")[0])
+    return words.replace("|", "/").replace("<", "&lt;")
+
+
+def as_own(loaded: LoadedModel, timesteps: tuple[float, ...]) -> None:
     """Asks for the rows that a model with this scheduler of its own gets."""
-    timesteps = tuple(scheduler_timesteps(loaded, steps))
     recipe = SimpleNamespace(time_embedding="auto")
     model = cast("QuantizedModel", SimpleNamespace(recipe=recipe, timesteps=timesteps, loaded=loaded, body="fp32"))
     fractions = has_fractional_steps(model)
@@ -100,23 +106,34 @@ def in_numbers(answers: dict[int, str]) -> str:
 
 
 def _ranges(steps: list[int]) -> str:
-    groups = [[step for _, step in group] for _, group in itertools.groupby(enumerate(steps), lambda p: p[1] - p[0])]
+    places = [STEPS.index(step) - place for place, step in enumerate(steps)]
+    pairs = itertools.groupby(zip(places, steps, strict=True), lambda pair: pair[0])
+    groups = [[step for _, step in group] for _, group in pairs]
     return ", ".join(f"{group[0]}" if len(group) == 1 else f"{group[0]}-{group[-1]}" for group in groups)
 
 
-def row(folder: Path, name: str, setting: str) -> tuple[str, str]:
-    """The two last columns of a line."""
+def in_both(loaded: LoadedModel, steps: int) -> tuple[str, str]:
+    """The answers of a folder with all whole timesteps, and of one made for this scheduler."""
     every = facts_of((0,), tuple(range(1000)), fractions=False)
     try:
-        loaded = with_scheduler(load_model(folder), ",".join(filter(None, (name, setting))))
+        timesteps = tuple(scheduler_timesteps(loaded, steps))
     except QdExportError as error:
-        return f"refused: {str(error)[:150]}", "-"
+        return (words := _sentence(error)), words
+    return answer(lambda: every.check_timesteps(timesteps)), answer(lambda: as_own(loaded, timesteps))
+
+
+def row(model: LoadedModel, name: str, setting: str) -> tuple[str, str]:
+    """The two last columns of a line."""
+    try:
+        loaded = with_scheduler(model, ",".join(filter(None, (name, setting))))
+    except QdExportError as error:
+        return f"refused: {_sentence(error)}", "-"
     request = SampleRequest(prompts=("a",), steps=SAMPLED, guidance_scale=1.0)
     sampled = answer(lambda: sample(loaded, request))
     if sampled != "works":
         return f"refused: {sampled}", "refused likewise, in the first call"
-    other = {n: answer(lambda n=n: every.check_timesteps(scheduler_timesteps(loaded, n))) for n in STEPS}
-    own = {n: answer(lambda n=n: as_own(loaded, n)) for n in STEPS}
+    answers = {steps: in_both(loaded, steps) for steps in STEPS}
+    other, own = ({steps: words[side] for steps, words in answers.items()} for side in (0, 1))
     return in_numbers(other), in_numbers(own)
 
 
@@ -124,7 +141,7 @@ def main() -> None:
     wanted = tuple(sys.argv[1:]) or ("",)
     print("| scheduler | settings | in a folder of another scheduler | as the model's own |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = save_tiny_pipeline(Path(scratch) / "model", "sd")
+        model = load_model(save_tiny_pipeline(Path(scratch) / "model", "sd"))
         for name in (name for name in scheduler_names() if name.startswith(wanted)):
             lines: dict[tuple[str, str], list[str]] = {}
             try:
@@ -132,7 +149,7 @@ def main() -> None:
             except (AttributeError, ImportError):
                 settings = [""]
             for setting in settings:
-                lines.setdefault(row(folder, name, setting), []).append(setting or "as the model's")
+                lines.setdefault(row(model, name, setting), []).append(setting or "as the model's")
                 if len(lines) == 1 and next(iter(lines))[1] in ("-", "refused likewise, in the first call"):
                     break  # no setting makes a scheduler of another kind fit
             for (other, own), settings in lines.items():

@@ -90,7 +90,9 @@ class NetworkFacts(BaseModel):
             raise ModelError(no_fractions(fractions))
         if rows is None:
             return
-        missing = [step for step in steps if row_at(rows, step, self.timestep_rounding) is None]
+        known = set(rows)
+        others = [step for step in steps if step not in known]  # equal numbers need no search
+        missing = [step for step in others if row_at(rows, step, self.timestep_rounding) is None]
         if not missing:
             return
         every = set(range(self.training_steps)) <= set(rows)
