@@ -19,6 +19,7 @@ SMALL = (
     "--set", "calibration.prompts=2", "--set", "calibration.steps=3", "--set", "validation.images=2",
     "--set", "validation.floor_seeds=4", "--set", "validation.floor_steps=3",
 )  # fmt: skip
+AS_COMPILED = ("--recipe", "w8a8-timestep", "--set", "time_embedding=steps", *SMALL)  # how `compiled` was made
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +42,7 @@ def compiled(tmp_path_factory, tiny_folder):
     """An output folder of a whole compilation for TensorRT-RTX; rows of scales and of time for its steps alone."""
     pytest.importorskip("tensorrt_rtx")
     out = tmp_path_factory.mktemp("compiled") / "out"
-    steps = ("--set", "time_embedding=steps")
-    arguments = ["compile", str(tiny_folder), "--recipe", "w8a8-timestep", "--out", str(out), "--json", *SMALL, *steps]
-    result = CliRunner().invoke(cli, arguments)
+    result = CliRunner().invoke(cli, ["compile", str(tiny_folder), "--out", str(out), "--json", *AS_COMPILED])
     assert result.exit_code == 0, result.output
     return out
 

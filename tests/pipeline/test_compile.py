@@ -10,7 +10,7 @@ import torch
 from qdexport.core.digests import tree_sha256
 from qdexport.core.results import Manifest, Report
 from qdexport.pipeline.workspace import Workspace
-from tests.pipeline.conftest import SMALL
+from tests.pipeline.conftest import AS_COMPILED
 
 pytestmark = pytest.mark.rtx
 
@@ -61,7 +61,7 @@ def test_golden_files_hold_inputs_and_outputs(compiled):
 
 def test_a_second_run_finds_every_stage_again(compiled, qdexport, tiny_folder):
     before = tree_sha256(compiled / "engine")
-    result = qdexport("compile", tiny_folder, "--recipe", "w8a8-timestep", "--out", compiled, "--json", *SMALL)
+    result = qdexport("compile", tiny_folder, "--out", compiled, "--json", *AS_COMPILED)
     assert result.exit_code == 0, result.output
     stages = json.loads(result.stdout)["stages"]
     assert json.loads(result.stdout)["body"] == "fp32"  # decides by which limits the report is judged
@@ -135,7 +135,7 @@ def test_two_processes_cannot_share_an_output_folder(compiled, qdexport, tiny_fo
     manifest = Manifest.load(compiled / "manifest.json")
     report = Report.load(compiled / "report.json")
     with Workspace.open(compiled, manifest, report):
-        result = qdexport("compile", tiny_folder, "--recipe", "w8a8-timestep", "--out", compiled, *SMALL)
+        result = qdexport("compile", tiny_folder, "--out", compiled, *AS_COMPILED)
     assert result.exit_code == 10
     assert "another process" in result.output
 
@@ -174,7 +174,7 @@ def test_a_pass_of_the_users_runs(compiled, qdexport, tmp_path):
         "    def apply(self, model, context, report):\n        report.touched.append('conv_in')\n"
     )
     manifest = Manifest.load(out / "manifest.json")
-    arguments = ["--recipe", "w8a8-timestep", "--out", out, "--pass", f"{file}:Mine", "--explain", "conv_in", *SMALL]
+    arguments = ["--out", out, "--pass", f"{file}:Mine", "--explain", "conv_in", *AS_COMPILED]
     result = qdexport("compile", manifest.model, *arguments)
     assert result.exit_code == 0, result.output
     assert "mine" in result.stderr

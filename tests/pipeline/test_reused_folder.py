@@ -166,7 +166,17 @@ def test_a_damaged_manifest_says_what_to_do(out, qdexport, text):
     assert (out / "manifest.json.damaged").read_text() == text
 
 
-@pytest.mark.parametrize(("name", "text"), [("manifest.json", "{"), *(("report.json", text) for text in DAMAGED)])
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_report_counts_for_nothing(out, text):
+    (out / "report.json").write_text(text)
+    manifest = Manifest(tool_version=__version__, model="", recipe_digest="", target="onnxruntime")
+    header = Report(tool_version=__version__, model="", recipe="", target="onnxruntime")
+    manifest, report = continued(out, manifest, header.model_copy(), heal=False)
+    assert report == header
+    assert {"checkpoint", "onnx", "golden"} <= {item.kind for item in manifest.artifacts}
+
+
+@pytest.mark.parametrize(("name", "text"), [("manifest.json", "{"), ("report.json", "NaN")])
 def test_compile_heals_a_damaged_manifest_or_report(out, model, qdexport, name, text):
     (out / name).write_text(text)
     (out / "onnx" / "notes.txt").write_text("mine")
