@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -28,16 +26,31 @@ _INTRODUCTION: Final = """\
 # Verdicts, recipe by recipe
 
 Written by `tools/bench_verdict.py --write-docs`; `verdicts.json` beside it holds every run. Each recipe is calibrated
-once, and validated with {seeds} seeds of validation, which choose prompts and noise.
+once, and validated with up to {seeds} seeds of validation, which choose prompts and noise.
 
 - **kept**: how often the verdict on the pictures was *kept*.
 - **share**: squared error of the pictures as a share of what another seed makes, mean over the seeds; the limit stands
   in the recipe (`validation.pictures.share`).
-- **margin**: the factor by which the deciding end of the interval lies off the limit, in the closest of the runs; of
-  the compiled network the decibels by which the worst layer or the whole network lies above its threshold.
+- **margin**: the factor by which the deciding end of the interval lies off the limit, in the closest of the runs (below
+  1 where alignment decided); of the compiled network the decibels by which the worst layer or the whole network lies
+  above its threshold.
 - **same**: whether every seed gave the same verdict.
 
 *Naive* and *MSE ranges* are those of [quality.md](quality.md).
+"""
+
+_REPEAT: Final = """\
+## To repeat it
+
+```
+python tools/train_shapes.py small classes out/shapes-classes
+python tools/train_shapes.py small velocity out/shapes-velocity
+models="--model shapes --model shapes-turbo --model out/shapes-classes --model out/shapes-velocity"
+python tools/bench_verdict.py $models --compiled
+python tools/bench_verdict.py $models --write-docs
+```
+
+What is finished is kept in `.bench-verdict/`; `--reuse` takes it although the code of qdexport has changed.
 """
 
 
@@ -58,8 +71,8 @@ def write_docs(figures: Mapping[str, Any], settings: Settings, docs: Path) -> No
             "![The first pictures of every recipe](pictures/verdicts.png)\n\nThe same prompts and noise in every line; "
             "behind each recipe its verdict and share.\n"
         )
-    text.append("## To repeat it\n\n```\npython tools/bench_verdict.py --help\n```\n")
-    write_json(docs / "verdicts.json", json.loads(json.dumps(figures), parse_constant=lambda _: None))
+    text.append(_REPEAT)
+    write_json(docs / "verdicts.json", dict(figures))
     write_text(docs / "verdicts.md", "\n".join(text))
 
 
@@ -83,7 +96,7 @@ def _line(name: str, row: Mapping[str, Any]) -> list[str]:
         kept = verdicts.count("kept")
         wrong = row["must"] is not None and kept != (len(verdicts) if row["must"] else 0)
         share = "" if pictures["share"] is None else f"{pictures['share']:.3g}"
-        margin = "" if math.isnan(pictures["least_margin"]) else f"{pictures['least_margin']:.2f} x"
+        margin = "" if pictures["least_margin"] is None else f"{pictures['least_margin']:.2f} x"
         same = "yes" if len(set(verdicts)) == 1 else "no"
         counted = f"{kept} of {len(verdicts)}{' (!)' if wrong else ''}"
         cells += [f"{pictures['mse']:.2e}", share, counted, margin, same]
@@ -125,7 +138,7 @@ def _contact_sheet(figures: Mapping[str, Any], settings: Settings, path: Path) -
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
     with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=_DPI, metadata={"Software": None})
+        figure.savefig(partial, format="png", dpi=_DPI, bbox_inches="tight", metadata={"Software": None})
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -134,26 +133,28 @@ def _summary(kind: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         shares = [item["share"]["value"] for item in results if item.get("share")]
         return {
             "margins": margins,
-            "least_margin": min(margins, default=None),
+            "least_margin": min((margin for margin in margins if margin is not None), default=None),
             "share": sum(shares) / len(shares) if shares else None,
             "mse": sum(item["mse"] or 0.0 for item in results) / len(results),
             "most_images": max(item["images"] for item in results),
         }
-    margins = [
+    decibels = [
         min(
             item["parity"]["layer_db"] - LAYER_SQNR_DB["fp32"],
             item["parity"]["whole_db"] - item["parity"]["floor_db"] + FLOOR_MARGIN_DB,
         )
         for item in results
     ]
-    return {"margins": margins, "least_margin": min(margins, default=None)}
+    return {"margins": decibels, "least_margin": min(decibels, default=None)}
 
 
-def _picture_margin(result: Mapping[str, Any]) -> float:
-    """By which factor the deciding end of the interval lies off the limit; below 1 where alignment decided."""
+def _picture_margin(result: Mapping[str, Any]) -> float | None:
+    """By which factor the deciding end of the interval lies off the limit; below 1 where alignment decided, None where
+    nothing did.
+    """
     share = result.get("share")
-    if not share:
-        return math.nan
+    if not share or result["pictures"] == "not judged":
+        return None
     kept = result["pictures"] == "kept"
     margin: float = share["limit"] / share["high"] if kept else share["high"] / share["limit"]
     return margin
