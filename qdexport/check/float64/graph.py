@@ -11,7 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qdexport.check.float64.ops import execute, from_numpy
+from qdexport.check.float64.operands import from_numpy
+from qdexport.check.float64.ops import execute
 from qdexport.errors import ParityError
 from qdexport.graph.query import only_consumer, value_name
 
