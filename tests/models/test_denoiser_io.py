@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qdexport.core.recipe import Shapes
@@ -145,10 +146,16 @@ def test_multiples_of_real_models() -> None:
     ]
 
 
-@pytest.mark.parametrize("value", [(4, 2), (4, 8, 6), 0, (0, 2)])
+@pytest.mark.parametrize("value", [(4, 2), (4, 8, 6)])
 def test_ranges_out_of_order(value: Any) -> None:
     with pytest.raises(RecipeError, match=r"shapes.batch is .*ascending order"):
         io_spec(empty_unet("tiny_sd"), Shapes(batch=value), "fp32")
+
+
+@pytest.mark.parametrize("value", [0, (0, 2)])
+def test_sizes_below_one(value: Any) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        Shapes(batch=value)
 
 
 def test_config_without_a_size() -> None:
