@@ -78,6 +78,8 @@ def reason(error: BaseException) -> str:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
+    if text.endswith(":") and len(lines) > 1:
+        text = f"{text} {lines[1]}"  # the first line is a heading (torch's load_state_dict)
     if "integer string conversion" in text:
         return "a number in it has thousands of digits"
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
