@@ -153,7 +153,8 @@ def main() -> None:
                 if len(lines) == 1 and next(iter(lines))[1] in ("-", "refused likewise, in the first call"):
                     break  # no setting makes a scheduler of another kind fit
             for (other, own), settings in lines.items():
-                print(f"| {name.removesuffix('Scheduler')} | {', '.join(settings)} | {other} | {own} |", flush=True)
+                shown = "any" if len(lines) == 1 else ", ".join(settings)
+                print(f"| {name.removesuffix('Scheduler')} | {shown} | {other} | {own} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -342,7 +342,7 @@ def test_prompts_from_a_file(tiny: LoadedModel, tmp_path: Path) -> None:
     assert calibration_prompts(tiny, Calibration(prompts=2, prompts_file=str(path))) == ["a cat", "a dog"]
     with pytest.raises(RecipeError, match=r"has 3 prompts, calibration\.prompts asks for 4"):
         calibration_prompts(tiny, Calibration(prompts=4, prompts_file=str(path)))
-    with pytest.raises(RecipeError, match="cannot read"):
+    with pytest.raises(RecipeError, match="does not exist"):
         calibration_prompts(tiny, Calibration(prompts_file=str(tmp_path / "none.txt")))
 
 
