@@ -101,6 +101,8 @@ def run(name: str, setting: Setting, arguments: tuple[str, ...]) -> bool:
         done = subprocess.run(
             [*command, *setting.arguments, *arguments], cwd=ROOT, env={**os.environ, **setting.environment}, check=False
         )
+    if done.returncode < 0:
+        click.echo(f"pytest was killed by signal {-done.returncode}", err=True)
     return done.returncode == 0
 
 
