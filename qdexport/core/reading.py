@@ -89,7 +89,7 @@ def reason(error: BaseException) -> str:
 
 def is_ours(error: BaseException | None) -> bool:
     """Whether an exception looks like a mistake in qdexport: our own code raised it, and not about a value."""
-    about_values = OSError | ValueError | ImportError | MemoryError | RecursionError
+    about_values = OSError | ValueError | ImportError | MemoryError | RecursionError | OverflowError
     if error is None or isinstance(error, about_values) or type(error).__module__ != "builtins":
         return False
     frame: TracebackType | None = error.__traceback__

@@ -60,6 +60,7 @@ __all__ = [
 
 _BODY_DTYPES: Final = {"fp32": "float32", "fp16": "float16"}
 _DEFAULT_TOKENS: Final = 77  # every CLIP text encoder
+_MOST_TOKENS: Final = 1_000_000
 _FLUX_SIZE: Final = 128  # of the latent, 1024 pixels: its config does not say
 _TIME_ID_COUNT: Final = 6  # SDXL: original size, crop corner, target size
 
@@ -211,7 +212,15 @@ def _token_count(model: LoadedModel | nn.Module) -> int:
     tokenizer = getattr(model.pipeline, "tokenizer", None) if isinstance(model, LoadedModel) else None
     if tokenizer is None and isinstance(model, LoadedModel):
         tokenizer = getattr(model.pipeline, "tokenizer_2", None)  # the SDXL refiner has only this one
-    return _DEFAULT_TOKENS if tokenizer is None else int(tokenizer.model_max_length)
+    if tokenizer is None:
+        return _DEFAULT_TOKENS
+    count = int(tokenizer.model_max_length)
+    if not 0 < count <= _MOST_TOKENS:  # transformers has 10**30 where the file says nothing
+        raise ModelError(
+            f"model_max_length of the tokenizer is {count:.3g}: the length of texts is unknown; set it in "
+            "tokenizer_config.json (77 for CLIP)"
+        )
+    return count
 
 
 def _added_widths(model: LoadedModel | nn.Module, config: Mapping[str, Any]) -> tuple[int, int]:

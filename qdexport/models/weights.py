@@ -48,6 +48,7 @@ _SAFETENSORS_DTYPES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 _TORCH_DTYPES: Final = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _LFS_POINTER: Final = b"version https://git-lfs"
 _REMEDY: Final = "download it again"
+_UNPACKED: Final = 2
 _HEADER_LIMIT: Final = 100_000_000  # the safetensors format's own limit
 
 
@@ -285,9 +286,23 @@ def _refuse_pointer(path: Path) -> None:
             raise ModelError(f"{path} is a git-lfs pointer; run `git lfs pull` in {path.parent}")
 
 
+def _refuse_bomb(path: Path) -> None:
+    """Refuses an archive that unpacks to much more than it is; PyTorch does not compress."""
+    if not zipfile.is_zipfile(path):
+        return
+    with reading(path, ModelError, _REMEDY, what="is not a whole PyTorch checkpoint"), zipfile.ZipFile(path) as archive:
+        unpacked, size = sum(item.file_size for item in archive.infolist()), path.stat().st_size
+    if unpacked > _UNPACKED * size + _HEADER_LIMIT:
+        raise ModelError(
+            f"{path} has {size / 1e6:,.1f} MB and unpacks to {unpacked / 1e6:,.0f} MB, which no checkpoint of PyTorch "
+            "does; do not use it"
+        )
+
+
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """A pickled state dict, through the unpickler that builds nothing but tensors and containers."""
     _refuse_pointer(path)
+    _refuse_bomb(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from qdexport.errors import ModelError
-from qdexport.models.weights import check_weights, find_weights, read_json, stored_dtype, variants_in
+from qdexport.models.weights import (
+    WeightFiles,
+    check_weights,
+    find_weights,
+    read_json,
+    stored_dtype,
+    variants_in,
+)
 
 STEM = "diffusion_pytorch_model"
 
@@ -231,3 +239,11 @@ def test_read_json_says_what_is_wrong(tmp_path: Path, text: str | None, message:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=f"config.json {message}"):
         read_json(tmp_path / "config.json")
+
+
+def test_an_archive_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "diffusion_pytorch_model.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\0" * 150_000_000)
+    with pytest.raises(ModelError, match=r"unpacks to 150 MB, which no checkpoint of PyTorch does"):
+        check_weights(WeightFiles(files=(path,), pickled=True))

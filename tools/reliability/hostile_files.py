@@ -91,7 +91,7 @@ _MINE: dict[str, tuple[str, tuple[int, ...]]] = {
         (4, 5, 6),
     ),
     "has a name that is a number": (_CLASS.replace('"mine"', "7"), (2,)),
-    "has the name of another": (_CLASS.replace('"mine"', '"unit-scale"').format(body="pass"), (2,)),
+    "has the name of another": (_CLASS.replace('"mine"', '"fold-adapters"').format(body="pass"), (2,)),
 }
 _PROMPTS: dict[str, tuple[str | bytes, tuple[int, ...]]] = {
     "empty": ("", (2,)),
@@ -135,7 +135,7 @@ def file_rows() -> Iterator[Row]:
             what=what,
             make=_pass(text),
             codes=codes,
-            says=("p.py",) if codes == (2,) else ("mine",) if "class P" in text and codes == (5,) else (),
+            says=("p.py",) if codes == (2,) and "another" not in what else ("mine",) if "class P" in text and codes == (5,) else (),
         )
     yield from _odd_kinds()
     yield from _odd_names()
