@@ -76,7 +76,8 @@ def inspect(  # one argument per option
     if as_json:
         print_json({**facts, "damaged": damage} if damage else facts)
     else:
-        _print(facts, make_console(), None if layers else _ROWS)
+        with reading(path, ModelError, what="cannot be shown"):
+            _print(facts, make_console(), None if layers else _ROWS)
         for text in damage[1:]:
             click.echo(f"damaged: {one_line(text)}")
     if damage:

@@ -237,6 +237,8 @@ def size(count: int) -> str:
 
 def duration(seconds: float) -> str:
     """A time span in the unit that fits."""
+    if not math.isfinite(seconds):
+        return f"{seconds} s"
     if seconds < 0.95:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:

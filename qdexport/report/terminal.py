@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["summary"]
 
 _MOST_PROBLEMS = 6
+_MOST_NOTES = 20
 _MOST_LAYERS = 5
 _GOOD, _BAD, _OPEN = "black on green", "white on red", "black on yellow"
 _BADGES = {
@@ -121,7 +122,9 @@ def _remarks(report: Report) -> list[tuple[str, Text]]:
     if report.engine is not None and report.engine.int8_compute and report.target == "tensorrt-rtx":
         advice = "an INT8 kernel in an RTX plan is no proof of speed; for fast W8A8: --target tensorrt"
         lines.append(("note", Text(advice, style="yellow")))
-    lines.extend(("note", Text(note, style="yellow")) for note in report.notes)
+    lines.extend(("note", Text(note, style="yellow")) for note in report.notes[:_MOST_NOTES])
+    if len(report.notes) > _MOST_NOTES:
+        lines.append(("", Text(f"and {len(report.notes) - _MOST_NOTES} more in report.json", style="yellow")))
     found = [*compiled_problems(report), *picture_problems(report)]
     lines.extend(
         ("short" if index == 0 else "", Text(item, style="bold red"))
