@@ -101,7 +101,7 @@ def advice(plan: LayerPlan, ranges: LayerRanges, weight_share: float, *, rows: i
     parts = f"{round(100 * weight_share)} % of it is its weight's, {round(100 * (1 - weight_share))} % its input's"
     for left, change, why in _changes(plan, ranges, weight_share, rows):
         if left <= _WORTH:
-            return change, f"{parts}: {why}, which leaves {left:.0%}"
+            return change, f"{parts}: {why}; a change there leaves {round(100 * left)} % at best"
     return "floating point", f"{parts}: leave the layer in floating point (a rule without weight and activation)"
 
 

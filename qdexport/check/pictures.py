@@ -27,6 +27,8 @@ _CONFIDENCE: Final = 0.95
 _WIDE: Final = 0.99
 # one grey level of 256 in [-1, 1], squared: what storing a picture in 8 bits costs
 INVISIBLE: Final = (2 / 255) ** 2
+# two grey levels: another seed that changes less gives the same picture
+_NOTHING: Final = 4 * INVISIBLE
 # no error is smaller than this where logarithms are taken: equal pictures have none
 _LEAST: Final = 1e-3 * INVISIBLE
 _NOT_FINITE: Final = "The floating-point model's own pictures hold values that are not finite."
@@ -73,7 +75,7 @@ class Pictures:
         least = INVISIBLE / limits.share  # an error of one grey level is never too much
         share = share_of_other_seed(errors, np.maximum(scale, least), limits.share)
         wide = share_of_other_seed(errors, np.maximum(scale, least), limits.share, confidence=_WIDE)
-        same = _middle(scale) < least and not share.high <= limits.share and not _gross(errors, fp, limits.share)
+        same = _middle(scale) < _NOTHING and not share.high <= limits.share and not _gross(errors, fp, limits.share)
         return cls(
             share=share, fall=fall, near=wide.low <= limits.share < wide.high, not_judged=_SAME if same else None
         )

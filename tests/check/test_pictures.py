@@ -107,3 +107,12 @@ def test_what_is_not_finite_is_told_apart() -> None:
     assert judged(broken, fp, others) == Pictures()
     assert judged(fp, broken, others).not_judged is not None
     assert judged(fp, fp, fp[:0]) == Pictures()
+
+
+def test_a_strict_limit_does_not_make_seeds_alike() -> None:
+    fp = pictures(32, 0.3, 0)
+    own, others = pictures(32, 0.03, 2, fp), pictures(32, 0.3, 1)
+    strict = Pictures.of(own, fp, others, None, PictureLimits(share=1e-6))
+    assert strict.not_judged is None
+    assert strict.share is not None
+    assert strict.share.low > 1e-6
