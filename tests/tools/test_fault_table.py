@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "fault_table.py"
 
 
+@pytest.mark.slow
 def test_a_dozen_faults() -> None:
     # in a process of its own: rows are forked, which only a process without threads can do
     command = [sys.executable, str(TOOL), "--few", "--jobs", "1"]
