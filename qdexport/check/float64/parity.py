@@ -150,11 +150,12 @@ def _constants(network: Float64Network, denoiser: nn.Module) -> list[str]:
     """Numbers that are attributes in PyTorch: the scale of attention, and what norms add to a variance."""
     modules = dict(denoiser.named_modules())
     found = []
-    for node, usual, stored, _ in attention_scales(network.graph):
+    for node, usual, stored, constants in attention_scales(network.graph):
         name = _module(node)
         own = getattr(modules.get(name), "scale", usual)
         own = own if isinstance(own, float) else usual
-        if all(abs(stored - right) > SCALE_ROUNDINGS * right for right in (usual, own)):
+        # written in another way (a quotient), it is compared with the tensors
+        if constants and all(abs(stored - right) > SCALE_ROUNDINGS * right for right in (usual, own)):
             found.append(f"{name}: attention is scaled by {stored:.6g}, in PyTorch by {own:.6g}")
     for node in network.graph.graph:
         name = _module(node)
