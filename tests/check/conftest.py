@@ -57,6 +57,7 @@ def recipe_of(rules: list[dict[str, object]], **changes: object) -> Recipe:
     data = {
         "name": "test",
         "rules": [{"weight": WEIGHT, **rule} for rule in rules],
+        "time_embedding": "steps",  # a table of three rows: most timesteps have none
         "calibration": {"prompts": 2, "batch_size": 2, "steps": 3, "guidance_scale": 3.0},
         "validation": {"images": 2, "floor_seeds": 2, "floor_steps": 3},
     }
