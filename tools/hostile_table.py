@@ -85,7 +85,7 @@ def main(only: str | None, every: int, seeds: Path | None, write_docs: bool, as_
     if as_json:
         click.echo(json.dumps([_facts(item) for item in outcomes], indent=1))
     if write_docs:
-        write_section(_SECTION, _page(outcomes))
+        write_section(_SECTION, _page(outcomes, every))
     sys.exit(any(item.wrong for item in outcomes))
 
 
@@ -132,13 +132,14 @@ def _facts(item: Outcome) -> dict[str, object]:
             "message": item.message, "wrong": item.wrong}  # fmt: skip
 
 
-def _page(outcomes: list[Outcome]) -> str:
+def _page(outcomes: list[Outcome], every: int = 1) -> str:
     groups = collections.Counter(item.row.group for item in outcomes)
     green = sum(not item.wrong for item in outcomes)
     lines = [
         "## Hostile inputs",
         "",
-        f"`python tools/hostile_table.py --write-docs` ran {len(outcomes)} inputs through the commands that read them,",
+        f"`python tools/hostile_table.py --every {every} --write-docs` ran {len(outcomes)} inputs through the",
+        "commands that read them,",
         f"each in a process of its own; {green} ended as they must: in time, with a documented exit code of the right",
         "kind and one message, without a traceback or a control character on the terminal, and with nothing written",
         f"outside the output folder. The slowest took {max(item.seconds for item in outcomes):.0f} s.",
