@@ -179,7 +179,7 @@ def _reports() -> Iterator[Row]:
         "names of rich markup": {
             **_REPORT,
             "model": "[red]x[/] [/]",
-            "notes": ["[/]", "[link=file:///etc/passwd]x[/link]"],
+            "notes": ["[/]", "[link=https://example.org]x[/link]"],
         },
         "notes: 7": {**_REPORT, "notes": 7},
         "an unknown key": {**_REPORT, ESCAPE: 7},
