@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from qdexport.core.recipe import StepGroups
+from qdexport.errors import RecipeError
 from qdexport.models.schedules import timestep_dtype
 from qdexport.pipeline.quantize import plan_model
 from qdexport.quant.bos import Bos
@@ -69,10 +71,18 @@ def synthetic_plans(loaded: LoadedModel, recipe: Recipe, seed: int) -> list[Laye
     Raises:
         RecipeError: the recipe does not fit the model.
     """
-    plans = plan_model(loaded, recipe)
+    plans = _plans_with_first_token(loaded, recipe)
     if recipe.bit_allocation is None or recipe.bit_plan is not None:
         return plans
     return random_widths(plans, loaded.denoiser, recipe.bit_allocation, seed)
+
+
+def _plans_with_first_token(loaded: LoadedModel, recipe: Recipe) -> list[LayerPlan]:
+    """A network alone has no text encoder to ask: `bos: auto` is `constant` where cross-attention reads the text."""
+    if recipe.bos == "auto":
+        with contextlib.suppress(RecipeError):
+            return plan_model(loaded, recipe.model_copy(update={"bos": "constant"}))
+    return plan_model(loaded, recipe)
 
 
 def synthetic_ranges(
