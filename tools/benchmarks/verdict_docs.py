@@ -34,7 +34,9 @@ once, and validated with up to {seeds} seeds of validation, which choose prompts
 - **margin**: the factor by which the deciding end of the interval lies off the limit, in the closest of the runs (below
   1 where alignment decided); of the compiled network the decibels by which the worst layer or the whole network lies
   above its threshold.
-- **same**: whether every seed gave the same verdict.
+- **same**: whether every seed gave the same verdict; empty for a single seed.
+
+An empty cell was not measured.
 
 *Naive* and *MSE ranges* are those of [quality.md](quality.md).
 """
@@ -97,7 +99,7 @@ def _line(name: str, row: Mapping[str, Any]) -> list[str]:
         wrong = row["must"] is not None and kept != (len(verdicts) if row["must"] else 0)
         share = "" if pictures["share"] is None else f"{pictures['share']:.3g}"
         margin = "" if pictures["least_margin"] is None else f"{pictures['least_margin']:.2f} x"
-        same = "yes" if len(set(verdicts)) == 1 else "no"
+        same = "" if len(verdicts) == 1 else "yes" if len(set(verdicts)) == 1 else "no"
         counted = f"{kept} of {len(verdicts)}{' (!)' if wrong else ''}"
         cells += [f"{pictures['mse']:.2e}", share, counted, margin, same]
     if compiled is None:
@@ -107,11 +109,11 @@ def _line(name: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(figures: Mapping[str, Any]) -> str:
-    """How many verdicts were those of most seeds of their recipe."""
+    """How many verdicts were those of most seeds of their recipe; a single seed says nothing."""
     lines = []
     for kind, name in (("pictures", "on pictures"), ("compiled", "on the compiled network")):
         for model, rows in figures["models"].items():
-            found = [row[kind]["verdicts"] for row in rows.values() if kind in row]
+            found = [row[kind]["verdicts"] for row in rows.values() if kind in row and len(row[kind]["verdicts"]) > 1]
             total = sum(map(len, found))
             same = sum(max(verdicts.count(item) for item in set(verdicts)) for verdicts in found)
             if total:
