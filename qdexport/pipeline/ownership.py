@@ -22,6 +22,11 @@ _STAGE_FOLDERS: Final = ("checkpoint", "search", "onnx", "engine", "images", "go
 _NETWORK_FOLDERS: Final = ("onnx", "engine", "golden")
 _FILES: Final = ("manifest.json", "report.json", "report.html", "bits.yaml")
 _HIDDEN_FOLDERS: Final = (".calibration", ".search")
+# files by which stages would collide with a user's after hours of work; the others are looked at when they are written
+_KEY_FILES: Final = (
+    "quantization.safetensors", "recipe.yaml", "model_index.json", "model.onnx", "model.onnx.data", "model.engine",
+    "plan.json", "build.log", "forms.json", "search.json", "grid.png", "00.npz",
+)  # fmt: skip
 # what systems and people leave in a folder that is empty to them
 _NOTHING: Final = {".DS_Store", ".gitkeep", ".gitignore", ".directory", "desktop.ini", "lost+found"}
 
@@ -83,7 +88,8 @@ class Ownership:
                 folder.rmdir()
 
     def refuse_others(self) -> None:
-        """Refuses links and folders of the user's where the stages write, before any of them works.
+        """Refuses links and files of the user's where the stages write, before any of them works. Other files of the
+        user's in the folder of a stage are no harm: they stay when it is replaced.
 
         Raises:
             OutputError: names it, and says what to do.
@@ -95,12 +101,14 @@ class Ownership:
                     f"{path} is a link to {path.readlink()}, and what is there is replaced as a whole: remove the "
                     f"link. To write to another disk, let {self._root} itself be a link"
                 )
+        known = self._all()
         for name in _places():
             path = self._root / name
-            if not path.exists():
-                continue
-            if not path.is_dir() or (files_below(path) and not self.listed(name)):
+            if path.exists() and not path.is_dir():
                 raise OutputError(_in_the_way(path))
+            for file in _KEY_FILES:
+                if (path / file).exists() and f"{name}/{file}" not in known:
+                    raise OutputError(_in_the_way(path / file))
 
     def _all(self) -> set[str]:
         return {*self._manifest.claimed, *self._of_artifacts()}

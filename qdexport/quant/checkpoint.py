@@ -120,7 +120,7 @@ def save_quantized(
     Raises:
         OutputError: the folder cannot be written, or holds something else.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
+    if owner is None and folder.is_dir() and any(folder.iterdir()) and not (folder / QUANTIZATION_FILE).is_file():
         raise OutputError(f"{folder} is not empty and no quantized checkpoint; choose another folder")
     needs = sum(tensor.nbytes for tensor in model.denoiser.state_dict().values()) if with_weights else None
     with atomic_dir(folder, owner) as fresh, output_errors(folder, needs):

@@ -78,10 +78,22 @@ def test_a_folder_of_the_users_with_a_stages_name(tmp_path: Path) -> None:
     with opened(tmp_path) as workspace:
         stage(workspace, "a")
     (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "mine").write_text("user")
-    with pytest.raises(OutputError, match=r"onnx is not of qdexport"), opened(tmp_path):
+    (tmp_path / "onnx" / "model.onnx").write_text("user")
+    with pytest.raises(OutputError, match=r"onnx/model.onnx is not of qdexport"), opened(tmp_path):
         pass
-    (tmp_path / "onnx" / "mine").unlink()
+    (tmp_path / "onnx" / "model.onnx").rename(tmp_path / "onnx" / "mine")
+    with opened(tmp_path) as workspace:
+        with atomic_dir(tmp_path / "onnx", workspace) as partial:
+            (partial / "model.onnx").write_text("ours")
+        assert names(tmp_path / "onnx") == ["mine", "model.onnx"]
+        (tmp_path / "onnx" / "model.onnx").unlink()
+        workspace.save()
+    with opened(tmp_path):  # what is struck leaves a folder that holds the user's alone
+        assert names(tmp_path / "onnx") == ["mine"]
+    (tmp_path / "images").write_text("user")
+    with pytest.raises(OutputError, match=r"images is not of qdexport"), opened(tmp_path):
+        pass
+    (tmp_path / "images").unlink()
     with opened(tmp_path) as workspace:
         (tmp_path / "onnx" / "model").write_text("user")
 

@@ -34,6 +34,7 @@ __all__ = [
     "resumed",
     "sampled",
     "stage_name",
+    "struck",
     "swept",
 ]
 
@@ -94,11 +95,21 @@ def notes(verb: str) -> Try:
 
 
 def stage_name(lab: Lab, place: Path) -> list[str]:
+    out = place / "out"
+    wrong = code_of(lab.run(*lab.quantize("new", out)), 0)
+    mine = out / "onnx" / "model.onnx"
+    mine.parent.mkdir()
+    mine.write_text("the user's")
+    wrong += ending(lab.run(*lab.compile("new", out)), 10)
+    return [*wrong, *([] if mine.read_text() == "the user's" else ["the user's file has changed"])]
+
+
+def struck(lab: Lab, place: Path) -> list[str]:
     out = lab.copy(place)
-    (out / "engine").mkdir()
-    (out / "engine" / "mine").write_text("the user's")
-    wrong = ending(lab.run(*lab.verb("compile", out)), 10)
-    return [*wrong, *([] if (out / "engine" / "mine").is_file() else ["the user's file is gone"])]
+    wrong = code_of(lab.run(*lab.verb("quantize", out)), 0)
+    if (out / "onnx" / "model.onnx").exists():
+        wrong.append("the network of the old recipe is still there")
+    return [*wrong, *users_lost(lab, out), *afterwards(lab, "compile", out)]
 
 
 def sampled(name: str) -> Try:

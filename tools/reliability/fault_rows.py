@@ -28,6 +28,7 @@ from reliability.fault_guests import (
     resumed,
     sampled,
     stage_name,
+    struck,
     swept,
 )
 from reliability.fault_lab import Lab, Point, failing_at, killed_at, signalled_at
@@ -188,7 +189,9 @@ def _users_files() -> Iterator[Fault]:
     for verb in ("compile", "export --force", "validate --force"):
         holds = "exit 0; the notes in OUT, onnx/, images/ and checkpoint/ are still there"
         yield Fault("files of the user", f"`{verb}` with notes in the folders of stages", holds, notes(verb))
-    yield Fault("files of the user", "a folder engine/ of the user in OUT", _REFUSED, stage_name)
+    yield Fault("files of the user", "a file onnx/model.onnx of the user in OUT", _REFUSED, stage_name)
+    holds = "exit 0, the new results; the notes are still there"
+    yield Fault("files of the user", "notes in stages' folders, `quantize` with another recipe", holds, struck)
     for name in ("grid.png", "fp/000.png"):
         yield Fault("files of the user", f"`sample --out` where {name} is", _REFUSED, sampled(name))
     yield Fault("files of the user", "`sensitivity --out` where sensitivity.json is", _REFUSED, swept)
