@@ -104,7 +104,9 @@ def capture_network(
     check_target(model, target)
     io = model_io(model)
     graph = capture(model.denoiser, io).model if captured is None else captured
-    facts = network_facts(model, target, time_columns(graph, io))
+    # the time layers that `keep` leaves in may be quantized by step, which is no table
+    columns = time_columns(graph, io) if model.recipe.time_embedding == "auto" else None
+    facts = network_facts(model, target, columns)
     context = PassContext(
         target=target,
         body=model.body,

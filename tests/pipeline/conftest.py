@@ -49,13 +49,14 @@ def compiled(tmp_path_factory, tiny_folder):
 
 @pytest.fixture
 def with_equal_ranges():
-    """Makes the fake-quant model of a tiny denoiser with random weights; all ranges are -1 to 1."""
+    """Makes the fake-quant model of a tiny denoiser with random weights; the ranges of row n are -n to n, from 1 on."""
 
     def make(changes, timesteps, denoiser="tiny_sd"):
         loaded = loaded_from_denoiser(random_unet(denoiser), name="tiny")
         recipe = load_recipe("w8a8", {"shapes.tokens": 4, **changes})
         plans = plan_model(loaded, recipe)
-        ends = {key: torch.ones(1) for plan in plans for key in activation_keys(plan)}
+        rows = 1 if recipe.activation_rows == "static" else len(timesteps)
+        ends = {key: torch.arange(1.0, rows + 1) for plan in plans for key in activation_keys(plan)}
         ranges = ActivationRanges(low={key: -end for key, end in ends.items()}, high=ends, timesteps=timesteps)
         return quantize_model(loaded, plans, recipe, ranges)
 

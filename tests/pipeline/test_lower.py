@@ -104,3 +104,10 @@ def test_fractional_timesteps_have_no_table_of_all(with_equal_ranges):
     model = with_equal_ranges({"time_embedding": "all"}, (1000.0, 400.5), "tiny_sd3")
     with pytest.raises(RecipeError, match="`time_embedding: all` has a row for every whole timestep"):
         network_facts(model, TARGETS["tensorrt-rtx"])
+
+
+def test_time_layers_that_are_kept_may_be_quantized_by_step(with_equal_ranges, tmp_path):
+    """A quantizer with a row per step in the time layers is no broadcast, and no table is asked for."""
+    model = with_equal_ranges({"time_embedding": "keep", "activation_rows": "per_step"}, (981, 500, 1))
+    assert model.rows == len(STEPS)
+    assert lower_to_onnx(model, tmp_path / "onnx", TARGETS["tensorrt-rtx"]).facts.time_table is None
