@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib
 import json
 import multiprocessing
 import os
@@ -26,12 +27,20 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # before torch: nothing may start threads before a fork
 
+_MODULES = (
+    "qdexport.cli.main", "qdexport.pipeline.allocation", "qdexport.pipeline.compilation", "qdexport.pipeline.sampling",
+    "qdexport.report.pictures", "torch.onnx._internal.exporter._core", "onnxscript", "onnxruntime", "matplotlib.pyplot",
+)  # fmt: skip
+
 
 def main() -> int:
     """Tries the rows; returns how many are not green."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="WORD", help="rows whose group or text has this word")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
+    parser.add_argument(
+        "--known", type=Path, metavar="FILE", help="keep green rows here and do not try them again"
+    )
     parser.add_argument("--few", action="store_true", help="a dozen rows that take seconds")
     parser.add_argument("--write", action="store_true", help="rewrite the section of docs/reliability.md")
     options = parser.parse_args()
@@ -47,7 +56,7 @@ def main() -> int:
         lab = Lab(folder, quick=options.few)
         every = few_rows(lab) if options.few else fault_rows(lab)
         rows = [row for row in every if options.only in f"{row.group} {row.what}"]
-        results = _tried(lab, rows, folder, options.jobs)
+        results = _tried(lab, rows, folder, options.jobs, options.known or folder / "known")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     red = [row for row, wrong in results if wrong]
@@ -57,8 +66,9 @@ def main() -> int:
     return len(red)
 
 
-def _tried(lab: Lab, rows: list[Fault], folder: Path, jobs: int) -> list[tuple[Fault, list[str]]]:
+def _tried(lab: Lab, rows: list[Fault], folder: Path, jobs: int, known: Path) -> list[tuple[Fault, list[str]]]:
     """What is wrong with each row; every process takes the next row that none has taken."""
+    green = set(known.read_text().splitlines()) if known.is_file() else set()
     todo, done = multiprocessing.get_context("fork").Value("i", 0), folder / "done"
     done.mkdir()
 
@@ -69,6 +79,10 @@ def _tried(lab: Lab, rows: list[Fault], folder: Path, jobs: int) -> list[tuple[F
                 todo.value += 1
             if number >= len(rows):
                 return
+            row = f"{rows[number].group}: {rows[number].what}"
+            if row in green:
+                (done / str(number)).write_text("[]")
+                continue
             place = folder / f"row{number}"
             place.mkdir()
             try:
@@ -78,6 +92,9 @@ def _tried(lab: Lab, rows: list[Fault], folder: Path, jobs: int) -> list[tuple[F
             shutil.rmtree(place, ignore_errors=True)
             (done / str(number)).write_text(json.dumps(wrong))
             told = "".join(f"\n      {text}" for text in wrong)
+            if not wrong:
+                with known.open("a") as stream:
+                    stream.write(f"{row}\n")
             print(f"{number + 1}/{len(rows)} {'WRONG' if wrong else 'ok   '} {rows[number].what}{told}", flush=True)
 
     children = [multiprocessing.get_context("fork").Process(target=work) for _ in range(jobs)]
@@ -92,11 +109,13 @@ def _tried(lab: Lab, rows: list[Fault], folder: Path, jobs: int) -> list[tuple[F
 
 def _import_all() -> None:
     """Everything that a command imports, once for all processes that are forked."""
+    for name in _MODULES:
+        importlib.import_module(name)
+    import diffusers
     import torch
-    from diffusers import DDIMPipeline, UNet2DModel  # noqa: F401
-    from torch.onnx._internal.exporter import _core  # noqa: F401
 
-
+    for name in ("DDIMPipeline", "DDIMScheduler", "UNet2DModel"):
+        getattr(diffusers, name)
     torch.set_num_threads(1)
 
 

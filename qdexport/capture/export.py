@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qdexport.capture.constants import crop_constants
 from qdexport.capture.dimensions import fixed_dimensions, name_dimensions
 from qdexport.capture.naming import name_nodes
+from qdexport.core.writing import scratch_failure
 from qdexport.errors import CaptureError
 from qdexport.graph.dialect import CODE_FORMAT, DOMAIN, VERSION, register_schema
 from qdexport.graph.edit import replace_value
@@ -132,6 +133,8 @@ def capture_network(caller: nn.Module, part: str, io: IoSpec, inputs: dict[str, 
         try:
             exported = torch.export.export(caller, (inputs,), dynamic_shapes=_dynamic_shapes(io))
         except Exception as error:
+            if (failure := scratch_failure(error)) is not None:
+                raise failure from error
             fixed = fixed_dimensions(_first_line(error), io)
             advice = (
                 f"; the model works at some sizes of {' and '.join(fixed)} only: give each one number, or another "

@@ -141,11 +141,19 @@ def remove_tree(path: Path) -> None:
         return
     try:
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            _remove_folder(path)
         else:
             path.unlink()
     except OSError as error:
         logger.warning("%s cannot be removed (%s); remove it by hand", path, error.strerror)
+
+
+def _remove_folder(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except KeyboardInterrupt:  # what replaced it is there already: a moment more, and nothing is left over
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def sync_tree(folder: Path) -> None:

@@ -17,7 +17,14 @@ from qdexport.errors import OutputError, QdExportError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["STORAGE_ERRORS", "output_errors", "scratch_folder", "unexplained_failure", "write_failure"]
+__all__ = [
+    "STORAGE_ERRORS",
+    "output_errors",
+    "scratch_failure",
+    "scratch_folder",
+    "unexplained_failure",
+    "write_failure",
+]
 
 _ELSEWHERE: Final = "choose another output folder"
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -120,6 +127,18 @@ def write_failure(error: BaseException, path: Path | None = None, needs: int | N
         return OutputError(f"cannot use {file}, which is needed to write {path}: {reason}")
     advice = _ADVICE.get(number, _ELSEWHERE) + (_room(path or file, needs) if number in _FULL else "")
     return OutputError(f"cannot write {path or file or 'a file, or where the output goes'}: {reason}; {advice}")
+
+
+def scratch_failure(error: BaseException) -> OutputError | None:
+    """The ``OutputError`` for an error that says that there is no folder for temporary files; None for another."""
+    behind: BaseException | None = error
+    for _ in range(20):  # chains of contexts can be circular
+        if behind is None:
+            break
+        if isinstance(behind, FileNotFoundError) and "usable temporary directory" in str(behind):
+            return OutputError(_no_scratch("no folder takes them"))
+        behind = behind.__cause__ or behind.__context__
+    return None
 
 
 def unexplained_failure(path: Path) -> OutputError:

@@ -155,3 +155,25 @@ def test_long_names(tmp_path: Path) -> None:
     with atomic_dir(tmp_path / ("d" * 255)):
         pass
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_interrupt_while_the_old_folder_is_removed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    for name in "abcd":
+        (folder / name).write_text("old")
+    real, count = os.unlink, [0]
+
+    def unlink(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        count[0] += 1
+        if count[0] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(KeyboardInterrupt):
+        write(folder)
+    assert tree(tmp_path) == {"onnx/a": "new", "onnx/b": "new"}
+    assert not list(tmp_path.glob(".qdexport*"))

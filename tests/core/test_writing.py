@@ -17,7 +17,7 @@ import pytest
 
 from qdexport.core.files import atomic_dir, atomic_path, write_text
 from qdexport.core.lock import locked
-from qdexport.core.writing import output_errors, scratch_folder, write_failure
+from qdexport.core.writing import output_errors, scratch_failure, scratch_folder, write_failure
 from qdexport.errors import ModelError, OutputError
 
 
@@ -248,3 +248,18 @@ def test_an_output_folder_that_cannot_be(tmp_path: Path) -> None:
     for name, told in (("n" * 300, "an output folder with a shorter name"), ("file/out", "cannot write .*/file/out")):
         with pytest.raises(OutputError, match=told), locked(tmp_path / name):
             pass
+
+
+def test_no_folder_for_temporary_files_is_known_through_a_library() -> None:
+    def export() -> None:
+        try:
+            raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+        except OSError as error:
+            raise RuntimeError("cannot export") from error
+
+    with pytest.raises(RuntimeError) as caught:
+        export()
+    failure = scratch_failure(caught.value)
+    assert failure is not None
+    assert "TMPDIR" in str(failure)
+    assert scratch_failure(FileNotFoundError(errno.ENOENT, "No such file", "x")) is None

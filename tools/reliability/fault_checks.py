@@ -10,13 +10,13 @@ from pathlib import Path
 
 from reliability.fault_lab import Ended, Lab, Point, tree
 
-__all__ = ["Try", "afterwards", "code_of", "ending", "leftovers", "new_place", "said", "users_lost"]
+__all__ = ["Try", "afterwards", "code_of", "ending", "leftovers", "new_place", "old_or_new", "said", "users_lost"]
 
 Try = Callable[[Lab, Path], list[str]]
 
 
-def afterwards(lab: Lab, verb: str, out: Path, *, tidy: bool = False) -> Iterator[str]:
-    """What must hold after a fault, and after the same command once more."""
+def old_or_new(lab: Lab, out: Path) -> Iterator[str]:
+    """What must hold after a run that was stopped, before the next one."""
     for folder in ("checkpoint", "onnx", "golden"):
         found = {name: digest for name, digest in tree(out).items() if name.startswith(f"{folder}/")}
         clean = [
@@ -28,8 +28,10 @@ def afterwards(lab: Lab, verb: str, out: Path, *, tidy: bool = False) -> Iterato
         parts = folder != "checkpoint" and any(found.items() <= whole.items() for whole in clean)
         if found not in clean and not hidden and not parts:
             yield f"{folder}/ is neither old nor new"
-    if tidy and (left := leftovers(out)):
-        yield f"left half written: {left}"
+
+
+def afterwards(lab: Lab, verb: str, out: Path) -> Iterator[str]:
+    """What must hold after the same command once more."""
     again = lab.run(*lab.verb(verb, out))
     yield from code_of(again, 0)
     changes = verb in ("quantize", "compile")

@@ -171,7 +171,8 @@ def _disks() -> Iterator[Fault]:
     holds = "exit 10, one sentence that names the folder; the old results whole; works again afterwards"
     yield Fault("disk", "a file system of 300 kB that fills up", holds, full)
     yield Fault("disk", "a file system that is mounted read-only", holds, read_only)
-    yield Fault("disk", "no folder for temporary files", "exit 0: `compile` needs none for ONNX Runtime", no_tmp)
+    holds = "exit 10, one sentence that names TMPDIR; works afterwards"
+    yield Fault("disk", "no folder for temporary files", holds, no_tmp)
 
 
 def _links() -> Iterator[Fault]:
@@ -216,7 +217,8 @@ def _damages() -> Iterator[Fault]:
     )  # fmt: skip
     for file in files:
         for how in ("flipped", "cut", "empty", "gone"):
-            holds = "the verb ends with one sentence, or made it anew; `compile` then ends with 0 and the clean results"
+            holds = "the verb ends with one sentence, or makes it anew; then `compile` ends with 0 and clean results"
+            holds = holds if (file, how) != ("manifest.json", "gone") else _REFUSED
             yield Fault("damaged artefacts", f"{file} {how}, then `export` and `compile`", holds, damaged(file, how))
     for how in ("flipped", "cut", "empty"):
         holds = "exit 0, the clean results"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reliability.fault_checks import Try, afterwards, code_of, ending, leftovers
+from reliability.fault_checks import Try, afterwards, code_of, ending, leftovers, old_or_new
 from reliability.fault_lab import USERS, Break, Lab, Point, killed_at, limited, signalled_at
 
 __all__ = [
@@ -36,7 +36,9 @@ def breaking(verb: str, broken: Break, code: int, *, tidy: bool = False, or_done
         ended = lab.run(*lab.verb(verb, out), watch=out, broken=broken)
         allowed = (code, 0) if or_done else (code,)
         wrong = ending(ended, *allowed) if code >= 0 else code_of(ended, *allowed)
-        return [*wrong, *afterwards(lab, verb, out, tidy=tidy)]
+        left = leftovers(out) if tidy else []
+        wrong += [f"left half written: {left}"] if left else []
+        return [*wrong, *old_or_new(lab, out), *afterwards(lab, verb, out)]
 
     return try_it
 
@@ -58,7 +60,7 @@ def in_weights(number: int) -> Try:
     def try_it(lab: Lab, place: Path) -> list[str]:
         out = lab.copy(place)
         ended = lab.run(*lab.verb("quantize", out), before=patch)
-        return [*code_of(ended, -signal.SIGKILL), *afterwards(lab, "quantize", out)]
+        return [*code_of(ended, -signal.SIGKILL), *old_or_new(lab, out), *afterwards(lab, "quantize", out)]
 
     return try_it
 
@@ -118,7 +120,7 @@ def limit(size: int) -> Try:
         log = place / "log"  # what the command prints is a file here, too, and must stay below the limit
         ended = lab.run(*lab.verb("quantize", out), before=limited(max(size, 1_000)))
         log.unlink(missing_ok=True)
-        return [*ending(ended, 10), *afterwards(lab, "quantize", out)]
+        return [*ending(ended, 10), *old_or_new(lab, out), *afterwards(lab, "quantize", out)]
 
     return try_it
 
@@ -153,7 +155,7 @@ def full(lab: Lab, place: Path) -> list[str]:
         if str(out) not in ended.text:
             wrong.append(f"does not name the folder: {ended.message[:200]}")
         (folder / "filler").unlink()
-        return [*wrong, *afterwards(lab, "quantize", out, tidy=True)]
+        return [*wrong, *old_or_new(lab, out), *afterwards(lab, "quantize", out)]
 
 
 def read_only(lab: Lab, place: Path) -> list[str]:
@@ -177,4 +179,6 @@ def no_tmp(lab: Lab, place: Path) -> list[str]:
         tempfile.gettempdir = refuse
 
     out = lab.copy(place)
-    return ending(lab.run(*lab.verb("compile", out), before=patch), 0)
+    ended = lab.run(*lab.verb("compile", out), before=patch)
+    said = [] if "TMPDIR" in ended.text else [f"does not say TMPDIR: {ended.message[:200]}"]
+    return [*ending(ended, 10), *said, *afterwards(lab, "compile", out)]
