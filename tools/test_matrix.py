@@ -20,6 +20,7 @@ Examples:
   python tools/test_matrix.py                                  every setting, all tests (2 hours on two cores)
   python tools/test_matrix.py --setting threads-2 tests/quant  one setting, one folder
   python tools/test_matrix.py --setting order-1 --seed 47      the order of a run that failed
+  python tools/test_matrix.py --together --setting threads-1 --setting order-1   both in one run
 """
 # what is really used: OpenBLAS takes another kernel where the processor cannot do what was asked for
 _CORE_NAME = """
@@ -66,6 +67,15 @@ def settings_of(seed: int) -> dict[str, Setting]:
     return found
 
 
+def together(chosen: dict[str, Setting]) -> dict[str, Setting]:
+    """One setting that is all of these at once; of two that set the same variable or give two orders, the last."""
+    environment = {key: value for setting in chosen.values() for key, value in setting.environment.items()}
+    arguments = {value.partition("=")[0]: value for setting in chosen.values() for value in setting.arguments}
+    busy = any(setting.busy for setting in chosen.values())
+    name = "+".join(chosen)
+    return {name: Setting(environment=environment, arguments=tuple(arguments.values()), busy=busy)}
+
+
 def impossible(setting: Setting) -> str:
     """Why this processor cannot run a setting; empty when it can."""
     wanted = setting.environment.get("OPENBLAS_CORETYPE")
@@ -110,9 +120,10 @@ def run(name: str, setting: Setting, arguments: tuple[str, ...]) -> bool:
     epilog=_EXAMPLES, context_settings={"help_option_names": ["-h", "--help"], "ignore_unknown_options": True}
 )
 @click.option("--setting", "chosen", multiple=True, type=click.Choice(list(settings_of(0))), help="These alone.")
+@click.option("--together", "together_", is_flag=True, help="The chosen settings in a single run, to save time.")
 @click.option("--seed", type=int, help="Of the first random order; drawn and printed otherwise.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def cli(chosen: tuple[str, ...], seed: int | None, arguments: tuple[str, ...]) -> None:
+def cli(chosen: tuple[str, ...], together_: bool, seed: int | None, arguments: tuple[str, ...]) -> None:
     """Run the tests with one thread and with two, in two random orders, with each kernel set of OpenBLAS that this
     processor has, as on a processor without AVX-512, and beside a loop on every core. ARGUMENTS go to pytest. Fails
     when a test fails under any.
@@ -120,9 +131,8 @@ def cli(chosen: tuple[str, ...], seed: int | None, arguments: tuple[str, ...]) -
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     click.echo(f"orders begin at seed {seed}: `--seed {seed}` repeats them")
     told, failed = [], False
-    for name, setting in settings_of(seed).items():
-        if chosen and name not in chosen:
-            continue
+    settings = {name: setting for name, setting in settings_of(seed).items() if not chosen or name in chosen}
+    for name, setting in (together(settings) if together_ and chosen else settings).items():
         reason = impossible(setting)
         started = time.monotonic()
         word = "left out" if reason else "ok" if run(name, setting, arguments) else "FAILED"
