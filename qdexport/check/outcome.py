@@ -6,6 +6,7 @@ thresholds are those of :mod:`qdexport.check.verdict` for parity, and those that
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final, Literal
 
 from qdexport.core.results import Verdict
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NARROW",
     "agrees",
+    "coarser",
     "compiled_problems",
     "coverage_counts",
     "failed",
@@ -142,7 +144,9 @@ def _pictures(report: Report) -> tuple[Literal["kept", "not kept", "not judged"]
     )
     if few and not share.high <= share.limit:
         return "not judged", [f"{told} {few} pictures are too few to tell."]
-    fall = quality.quantized.alignment_fall
+    fall, texture = quality.quantized.alignment_fall, quality.quantized.texture
+    if texture is not None:
+        told += f" Neighbouring pixels differ {_said(texture)} times as much; below {texture.limit:.3g} is asked."
     return "kept", [told if fall is None else f"{told} Alignment falls by {_said(fall)}."]
 
 
@@ -167,6 +171,13 @@ def _not_kept(name: str, scores: QualityScores, *, few: bool) -> Iterator[str]:
             f"The pictures of {name} are not those of the floating-point model: they differ from them by "
             f"{_said(share)} of what another seed makes; at most {share.limit:.3g} is asked."
         )
+    texture = scores.texture
+    if texture is not None and coarser(texture, few=few):
+        yield (
+            f"The pictures of {name} {'are noisier' if texture.value > 1 else 'have less contrast'} than those of the "
+            f"floating-point model: neighbouring pixels differ {_said(texture)} times as much; between "
+            f"{1 / texture.limit:.3g} and {texture.limit:.3g} is asked."
+        )
     fall = scores.alignment_fall
     if fall is not None and falls(fall):
         yield (
@@ -178,6 +189,17 @@ def _not_kept(name: str, scores: QualityScores, *, few: bool) -> Iterator[str]:
 def falls(fall: Margin) -> bool:
     """Whether alignment falls by the limit or more, and not by chance: the interval lies above zero."""
     return fall.low > 0 and not fall.value < fall.limit
+
+
+def coarser(texture: Margin, *, few: bool = False) -> bool:
+    """Whether texture changes by the limit or more, and not by chance.
+
+    The near end of the interval lies beyond half of the limit; of few pictures, whose farthest level is far by chance
+    alone, beyond all of it.
+    """
+    value, near = abs(math.log(texture.value)), texture.low if texture.value > 1 else 1 / texture.high
+    allowed = math.log(texture.limit)
+    return not value < allowed and math.log(max(near, 1e-300)) > (allowed if few else allowed / 2)
 
 
 def _said(margin: Margin) -> str:

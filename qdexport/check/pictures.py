@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import stats
 
+from qdexport.check.texture import change_of_texture
 from qdexport.core.results import Margin
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class Pictures:
     Attributes:
         share: their error as a share of what another seed makes; None where it cannot be measured.
         fall: of alignment; None without an evaluator.
-        near: whether the limit of the share lies in a wide interval of it.
+        texture: the factor by which differences of neighbouring pixels change; None where it cannot be measured.
+        near: whether the limit of the share, or of the texture, lies in a wide interval of it.
         not_judged: why no verdict can come of them, in a sentence.
     """
 
     share: Margin | None = None
     fall: Margin | None = None
+    texture: Margin | None = None
     near: bool = False
     not_judged: str | None = None
 
@@ -75,9 +78,17 @@ class Pictures:
         least = INVISIBLE / limits.share  # an error of one grey level is never too much
         share = share_of_other_seed(errors, np.maximum(scale, least), limits.share)
         wide = share_of_other_seed(errors, np.maximum(scale, least), limits.share, confidence=_WIDE)
+        texture, loose = (
+            change_of_texture(own, fp[: len(own)], limits.texture, confidence=confidence)
+            for confidence in (_CONFIDENCE, _WIDE)
+        )
         same = _middle(scale) < _NOTHING and not share.high <= limits.share and not _gross(errors, fp, limits.share)
         return cls(
-            share=share, fall=fall, near=wide.low <= limits.share < wide.high, not_judged=_SAME if same else None
+            share=share,
+            fall=fall,
+            texture=texture,
+            near=wide.low <= limits.share < wide.high or (loose is not None and _straddles(loose)),
+            not_judged=_SAME if same else None,
         )
 
     def undecided(self) -> bool:
@@ -143,6 +154,11 @@ def _reach(values: NDArray[np.float64], confidence: float) -> float:
 def _finite_exp(value: float) -> float:
     """JSON has no infinity."""
     return math.exp(min(value, 700.0))
+
+
+def _straddles(texture: Margin) -> bool:
+    """Whether a limit lies inside the interval."""
+    return any(texture.low < edge < texture.high for edge in (texture.limit, 1 / texture.limit))
 
 
 def _middle(errors: NDArray[np.float64]) -> float:

@@ -280,6 +280,12 @@ class PictureLimits(_Part):
     alignment_fall: float = Field(
         default=0.03, gt=0, le=1, description="loss of alignment with the prompt, where an evaluator is; less than"
     )
+    texture: float = Field(
+        default=1.25,
+        gt=1,
+        le=10,
+        description="factor by which differences of neighbouring pixels change, more (noise) or less (contrast); below",
+    )
     extend: int = Field(
         default=8, ge=1, le=1000, description="up to how many times as many images where a verdict is near its limit"
     )

@@ -173,7 +173,8 @@ class Margin(_Record):
 class QualityScores(_Record):
     """Scores of one set of ``images``; ``frechet`` is to real images, ``frechet_fp`` to the FP model's images.
 
-    ``share`` is the error as a share of what another seed makes, ``alignment_fall`` the loss of alignment.
+    ``share`` is the error as a share of what another seed makes, ``alignment_fall`` the loss of alignment, ``texture``
+    the factor by which differences of neighbouring pixels change.
     """
 
     images: int | None = None
@@ -186,6 +187,7 @@ class QualityScores(_Record):
     alignment: float | None = None
     share: Margin | None = None
     alignment_fall: Margin | None = None
+    texture: Margin | None = None
 
 
 class Quality(_Record):

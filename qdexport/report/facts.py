@@ -101,6 +101,8 @@ def pictures_margin(report: Report) -> str:
         return verdict_of(report).why[-1]
     share, fall = quality.quantized.share, quality.quantized.alignment_fall
     told = f"{margin(share)} of another seed's error, at most {number(share.limit)}"
+    if (texture := quality.quantized.texture) is not None:
+        told = f"{told}; neighbouring pixels differ {margin(texture)} times as much, below {number(texture.limit)}"
     return told if fall is None else f"{told}; alignment falls by {margin(fall)}, less than {number(fall.limit)}"
 
 

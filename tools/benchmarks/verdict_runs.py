@@ -149,15 +149,17 @@ def _summary(kind: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _picture_margin(result: Mapping[str, Any]) -> float | None:
-    """By which factor the deciding end of the interval lies off the limit; below 1 where alignment decided, None where
-    nothing did.
+    """By which factor the deciding end of an interval lies off its limit: of what is kept the least of share and texture,
+    of what is not the greatest. Below 1 where alignment decided, None where nothing did.
     """
-    share = result.get("share")
+    share, texture = result.get("share"), result.get("texture")
     if not share or result["pictures"] == "not judged":
         return None
-    kept = result["pictures"] == "kept"
-    margin: float = share["limit"] / share["high"] if kept else share["high"] / share["limit"]
-    return margin
+    factors = [share["limit"] / share["high"]]
+    if texture:
+        # the factor's distance from 1 on either side, as the verdict takes it
+        factors.append(texture["limit"] / max(texture["value"], 1 / texture["value"]))
+    return min(factors) if result["pictures"] == "kept" else max(1 / factor for factor in factors)
 
 
 def _check_source(settings: Settings) -> None:

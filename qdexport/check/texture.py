@@ -1,0 +1,79 @@
+"""Whether pictures have the grain and the edges of the floating-point model's, all of them taken together.
+
+An error as a share of what another seed makes says little where another seed changes everything, as a background that
+no prompt names: pictures full of noise still are closer than another seed's. But no seed adds noise, or takes contrast
+away: how much neighbouring pixels differ is the same for all seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from scipy import stats
+
+from qdexport.core.results import Margin
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["change_of_texture"]
+
+# what one grey level of 256 in [-1, 1] adds to both sides of a ratio, so that a flat ground has one
+_GREY: Final = 2 / 255
+# of the logarithm: bins a hundredth wide, up to differences of 1000, which latents without a decoder stay below
+_EDGES: Final = np.arange(math.log(_GREY), math.log(1000.0), 0.01)
+# of 100 differences the least and the greatest five are single pixels
+_LEVELS: Final = np.linspace(0.05, 0.95, 91)
+_RESAMPLES: Final = 200
+
+
+def change_of_texture(
+    own: NDArray[np.float32], fp: NDArray[np.float32], limit: float, *, confidence: float = 0.95
+) -> Margin | None:
+    """The factor by which the differences of neighbouring pixels change, where it is farthest from 1.
+
+    The differences of all pictures are sorted, and compared at each level of 5 to 95 in 100: noise makes the small ones
+    larger, lost contrast the large ones smaller. Above 1 is noise or contrast that was not there, below 1 is what got
+    lost. The interval is that of drawing the pictures anew, at that level.
+
+    Args:
+        own: pictures ``[N, C, H, W]`` of the quantized model, finite.
+        fp: of the floating-point model, from the same prompts and noise.
+        limit: what the factor is held against: it is to lie between ``1 / limit`` and ``limit``.
+        confidence: of the interval.
+
+    Returns:
+        The factor; None for pictures of a single pixel.
+    """
+    counts = [_counts(batch) for batch in (own, fp)]
+    if not counts[0].sum():
+        return None
+    ones = np.ones((1, len(own)))
+    ratios = _log_ratios(counts, ones)[0]
+    level = int(np.abs(ratios).argmax())
+    drawn = np.random.default_rng(0).multinomial(len(own), np.full(len(own), 1 / len(own)), _RESAMPLES)
+    error = math.inf if len(own) < 2 else float(_log_ratios(counts, drawn)[:, level].std(ddof=1))
+    reach = float(stats.norm.ppf((1 + confidence) / 2)) * error
+    low, value, high = (math.exp(min(ratios[level] + step, 700.0)) for step in (-reach, 0.0, reach))
+    return Margin(value=value, low=low, high=high, limit=limit)
+
+
+def _counts(images: NDArray[np.float32]) -> NDArray[np.float64]:
+    """How many differences of neighbours fall in each bin, ``[N, bins]``."""
+    found = np.zeros((len(images), len(_EDGES) - 1))
+    for number, image in enumerate(images):
+        for axis in (-1, -2):
+            sizes = np.log(np.abs(np.diff(image.astype(np.float64), axis=axis)) + _GREY)
+            found[number] += np.histogram(np.clip(sizes, _EDGES[0], _EDGES[-1]), _EDGES)[0]
+    return found
+
+
+def _log_ratios(counts: list[NDArray[np.float64]], drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The logarithm of the ratio at each level ``[draws, levels]``, of pictures drawn so many times ``[draws, N]``."""
+    own, fp = (
+        np.stack([np.interp(_LEVELS, row.cumsum() / row.sum(), _EDGES[1:]) for row in drawn @ batch])
+        for batch in counts
+    )
+    return np.asarray(own - fp)
