@@ -119,3 +119,24 @@ def test_good_pictures_of_a_wrong_file_fail() -> None:
     verdict = verdict_of(report)
     assert (verdict.compiled, verdict.pictures, verdict.why[0]) == ("fail", "kept", "codes differ")
     assert failed(report)
+
+
+@pytest.mark.parametrize(
+    ("texture", "others", "word"),
+    [
+        ((1.2, 1.1, 1.3), 32, ""),
+        ((1.3, 1.2, 1.4), 32, "are noisier"),
+        ((0.7, 0.6, 0.8), 32, "have less contrast"),
+        ((1.4, 1.05, 1.8), 32, ""),  # by chance
+        ((1.3, 1.2, 1.4), 8, ""),  # of few pictures the whole interval counts
+        ((0.5, 0.4, 0.6), 8, "have less contrast"),
+    ],
+)
+def test_noise_and_lost_contrast_are_not_kept(texture: tuple[float, float, float], others: int, word: str) -> None:
+    report = report_of(others=others)
+    assert report.quality is not None
+    report.quality.quantized.texture = margin(texture, 1.25)
+    verdict = verdict_of(report)
+    assert verdict.pictures == ("not kept" if word else "kept")
+    assert word in " ".join(verdict.why)
+    assert "neighbouring pixels differ" in " ".join(verdict.why).lower()

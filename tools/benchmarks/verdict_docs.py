@@ -31,9 +31,12 @@ once, and validated with up to {seeds} seeds of validation, which choose prompts
 - **kept**: how often the verdict on the pictures was *kept*.
 - **share**: squared error of the pictures as a share of what another seed makes, mean over the seeds; the limit stands
   in the recipe (`validation.pictures.share`).
-- **margin**: the factor by which the deciding end of the interval lies off the limit, in the closest of the runs (below
-  1 where alignment decided); of the compiled network the decibels by which the worst layer or the whole network lies
-  above its threshold.
+- **texture**: the factor by which differences of neighbouring pixels change (`validation.pictures.texture`), farthest
+  from 1 over the seeds.
+- **margin**: the factor by which a run lies off its limit, in the closest of the runs: the nearer of share (by the
+  deciding end of its interval) and texture where pictures are kept, the farther where they are not (below 1 where
+  alignment decided); of the compiled network the decibels by which the worst layer or the whole network lies above its
+  threshold.
 - **same**: whether every seed gave the same verdict; empty for a single seed.
 
 An empty cell was not measured.
@@ -83,16 +86,22 @@ def _measured(row: Mapping[str, Any]) -> bool:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["recipe", "image MSE", "share", "kept", "margin", "same", "compiled right", "margin dB"]
+    head = ["recipe", "image MSE", "share", "texture", "kept", "margin", "same", "compiled right", "margin dB"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *(_line(name, row) for name, row in rows.items())]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _texture(results: list[Mapping[str, Any]]) -> str:
+    """The factor farthest from 1 of all seeds."""
+    found = [item["texture"]["value"] for item in results if item.get("texture")]
+    return f"{max(found, key=lambda value: max(value, 1 / value)):.2f}" if found else ""
 
 
 def _line(name: str, row: Mapping[str, Any]) -> list[str]:
     cells = [name]
     pictures, compiled = row.get("pictures"), row.get("compiled")
     if pictures is None:
-        cells += [""] * 5
+        cells += [""] * 6
     else:
         verdicts = pictures["verdicts"]
         kept = verdicts.count("kept")
@@ -101,7 +110,7 @@ def _line(name: str, row: Mapping[str, Any]) -> list[str]:
         margin = "" if pictures["least_margin"] is None else f"{pictures['least_margin']:.2f} x"
         same = "" if len(verdicts) == 1 else "yes" if len(set(verdicts)) == 1 else "no"
         counted = f"{kept} of {len(verdicts)}{' (!)' if wrong else ''}"
-        cells += [f"{pictures['mse']:.2e}", share, counted, margin, same]
+        cells += [f"{pictures['mse']:.2e}", share, _texture(pictures["results"]), counted, margin, same]
     if compiled is None:
         return [*cells, "", ""]
     right = compiled["verdicts"].count("pass")

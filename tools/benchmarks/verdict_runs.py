@@ -149,8 +149,9 @@ def _summary(kind: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _picture_margin(result: Mapping[str, Any]) -> float | None:
-    """By which factor the deciding end of an interval lies off its limit: of what is kept the least of share and texture,
-    of what is not the greatest. Below 1 where alignment decided, None where nothing did.
+    """By which factor a number lies off its limit: of what is kept the least of share and texture, of what is not
+    the greatest. Of the share the deciding end of the interval counts. Below 1 where alignment decided, None where
+    nothing did.
     """
     share, texture = result.get("share"), result.get("texture")
     if not share or result["pictures"] == "not judged":
