@@ -54,7 +54,7 @@ def change_of_texture(
     ones = np.ones((1, len(own)))
     ratios = _log_ratios(counts, ones)[0]
     group = int(np.abs(ratios).argmax())
-    drawn = np.random.default_rng(0).multinomial(len(own), np.full(len(own), 1 / len(own)), _RESAMPLES)
+    drawn = np.random.default_rng(0).multinomial(len(own), np.full(len(own), 1 / len(own)), _RESAMPLES).astype(float)
     error = math.inf if len(own) < 2 else float(_log_ratios(counts, drawn)[:, group].std(ddof=1))
     reach = float(stats.norm.ppf((1 + confidence) / 2)) * error
     low, value, high = (math.exp(min(ratios[group] + step, 700.0)) for step in (-reach, 0.0, reach))

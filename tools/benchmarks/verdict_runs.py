@@ -156,7 +156,7 @@ def _picture_margin(result: Mapping[str, Any]) -> float | None:
     share, texture = result.get("share"), result.get("texture")
     if not share or result["pictures"] == "not judged":
         return None
-    factors = [share["limit"] / share["high"]]
+    factors: list[float] = [share["limit"] / share["high"]]
     if texture:
         # the factor's distance from 1 on either side, as the verdict takes it
         factors.append(texture["limit"] / max(texture["value"], 1 / texture["value"]))
