@@ -310,7 +310,7 @@ def _per_image(rows: Dim) -> Dim:
 def _vae_facts(loaded: LoadedModel, images: Dim, dtype: str, shapes: Shapes) -> dict[str, Any]:
     config = cast("Any", loaded.pipeline).vae.config
     height, width = latent_dims(loaded, shapes)
-    factor = int(cast("Any", loaded.pipeline).vae_scale_factor)
+    factor = 2 ** (len(config["block_out_channels"]) - 1)  # not every pipeline says it
     latents = (images, _fixed(int(config["latent_channels"])), height, width)
     image = (images, _fixed(int(config["out_channels"])), _times(height, factor), _times(width, factor))
     means, deviations = config.get("latents_mean"), config.get("latents_std")

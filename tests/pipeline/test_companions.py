@@ -179,3 +179,14 @@ def test_whole_pipelines_of_transformers(family, tmp_path, qdexport):
     assert (t5.class_name, t5.layers["engine"]) == ("T5EncoderModel", {"fp16": 12, "fp32": 2})
     assert report.whole_pipeline.verdict == "pass"
     assert report.whole_pipeline.networks == ["denoiser", *report.companions]
+
+
+def test_a_pipeline_that_does_not_say_the_size_of_its_pictures(tmp_path, qdexport):
+    """DiT's has no `vae_scale_factor`: the decoder's own configuration says it."""
+    folder = save_tiny_pipeline(tmp_path / "dit", "dit")
+    out = tmp_path / "out"
+    result = qdexport("compile", folder, "--recipe", "w8a8", "--target", "onnxruntime", "--out", out, *SMALL)
+    assert result.exit_code == 0, result.output
+    report = Report.load(tmp_path / "out" / "report.json")
+    assert tuple(report.companions) == ("vae_decoder",)
+    assert report.whole_pipeline.verdict == "pass"
