@@ -29,8 +29,9 @@ from qdexport.core.timesteps import equal_reach, reach_of, reaches
 from qdexport.errors import GraphPassError
 from qdexport.graph.dialect import STEP_ROWS
 from qdexport.graph.edit import NodeWriter, remove_unused, replace_value
-from qdexport.graph.evaluate import evaluator, subgraph
+from qdexport.graph.evaluate import subgraph
 from qdexport.graph.query import const_or_none, dtype_of, module_of, shape_of, value_name
+from qdexport.graph.rows import evaluate_rows
 from qdexport.passes.guard_outputs import guard_outputs
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class FoldTimeEmbedding:
         if all(_is_tabled(value) for value in frontier):
             return
         _check_range(context, timestep)
-        table = _evaluate_rows(model, timestep, frontier, context.timesteps)
+        table = evaluate_rows(_in_float32(subgraph(model, [timestep], frontier)), context.timesteps)
         report.touched.extend(sorted({module_of(node) for value in frontier if (node := value.producer())}))
         guard_outputs(model, _write_table(timestep, frontier, table, context), _MODULE)
         remove_unused(model)
@@ -153,7 +154,7 @@ def _reshape_to_one_row(node: ir.Node) -> None:
         return
     if _size(before[1:]) != _size(dims[1:]):
         return  # it moves other axes, not rows
-    target = np.array([1, *(int(str(dim)) for dim in dims[1:])], np.int64)
+    target = np.array([-1, *(int(str(dim)) for dim in dims[1:])], np.int64)
     node.replace_input_with(1, NodeWriter(node).constant("one_row", target))
     node.outputs[0].shape = ir.Shape([1, *dims[1:]])
 
@@ -210,19 +211,6 @@ def _check_broadcast(value: ir.Value, readers: Sequence[ir.Node]) -> None:
             f"{value_name(value)} depends on the timestep alone, but {wrong[0]} does not broadcast it over the batch; "
             "say `time_embedding: keep` in the recipe"
         )
-
-
-def _evaluate_rows(
-    model: ir.Model, timestep: ir.Value, frontier: Sequence[ir.Value], steps: Sequence[float]
-) -> np.ndarray:
-    """The frontier's values at every timestep, flattened: FP32 ``[steps, columns]``."""
-    run = evaluator(_in_float32(subgraph(model, [timestep], frontier)))
-    rows = []
-    dtype = dtype_of(timestep).numpy()
-    for step in steps:
-        results = run({value_name(timestep): np.array([step], dtype)})
-        rows.append(np.concatenate([np.asarray(results[value_name(v)], np.float32).ravel() for v in frontier]))
-    return np.stack(rows)
 
 
 def _in_float32(model: ir.Model) -> ir.Model:

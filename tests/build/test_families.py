@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
+import qdexport.graph.rows
 from qdexport.build.audit import audit
 from qdexport.build.engine import BuildOptions, build_engine
 from qdexport.build.plan import engine_coverage
@@ -21,6 +24,7 @@ from qdexport.core.recipe import load_recipe
 from qdexport.core.spec import layer_precision
 from qdexport.core.target import target_named
 from qdexport.emit.coverage import onnx_coverage
+from qdexport.graph.rows import keeps_rows_apart
 from qdexport.models.load import loaded_from_denoiser
 from qdexport.models.synthetic import random_unet
 from qdexport.pipeline.lower import lower_to_onnx
@@ -66,10 +70,16 @@ class Compiled:
         ranges = ActivationRanges(low=low, high=ends, timesteps=steps, channel_ratios=ratios)
         self.model = quantize_model(loaded, plans, recipe, ranges)
         self.target = target_named("tensorrt-rtx")
-        self.lowered = lower_to_onnx(self.model, folder / "onnx", self.target)
+        self.rows_apart: list[bool] = []
+        with patch.object(qdexport.graph.rows, "keeps_rows_apart", self._keeps_rows_apart):
+            self.lowered = lower_to_onnx(self.model, folder / "onnx", self.target)
         self.path, self.io = self.lowered.file.path, self.lowered.facts.io
         self.planned = {part: layer_precision(plan, "fp16") for plan in self.model.plans for part in plan.parts}
         self.calls = check_calls(self.model, self.io, 3, 0)
+
+    def _keeps_rows_apart(self, node: ir.Node) -> bool:
+        self.rows_apart.append(keeps_rows_apart(node))
+        return self.rows_apart[-1]
 
 
 @pytest.fixture(scope="module", params=list(CASES))
@@ -87,6 +97,12 @@ def test_layers_are_int8_in_the_file_with_equal_codes(compiled: Compiled) -> Non
     assert all(layer.weight_flip_rate == 0 for layer in layers)
     # what is left of each layer is FP16 rounding of its output, 2^-11 of it: 66 dB
     assert min(layer.sqnr_db for layer in layers) > 60
+
+
+def test_rows_of_the_time_table_are_computed_together(compiled: Compiled) -> None:
+    """A thousand rows one by one take a minute in a network of usual size."""
+    assert compiled.rows_apart
+    assert all(compiled.rows_apart)
 
 
 def test_whole_network_and_timesteps_without_a_row(compiled: Compiled) -> None:

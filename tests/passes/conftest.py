@@ -135,7 +135,7 @@ class Ran:
                 np.testing.assert_array_equal(after[name], array, strict=True)
 
     def assert_close_to_rows(self) -> None:
-        """Rows are evaluated for one sample; BLAS may sum products of several in another order."""
+        """A table's rows are evaluated together, the network's one by one: BLAS may sum them in another order."""
         self.assert_close(terms=16, magnitude=8.0)
 
     def assert_close(self, terms: int, magnitude: float) -> None:

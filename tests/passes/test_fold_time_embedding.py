@@ -85,6 +85,11 @@ def feeds_of(noise, steps=STEPS, dtype=np.float32, rows=1):
     return [{"x": x, "timestep": np.full(rows, step)} for step in steps]
 
 
+def assert_first_close(ran, count):
+    """The first feeds alone have rows."""
+    replace(ran, before=ran.before[:count], after=ran.after[:count]).assert_close_to_rows()
+
+
 def test_one_timestep_for_the_batch(graphs, noise):
     feeds = feeds_of(noise)
     ran = graphs.run(unet(graphs, noise), FoldTimeEmbedding(), feeds, graphs.context_of(STEPS))
@@ -102,7 +107,7 @@ def test_one_timestep_for_the_batch(graphs, noise):
     assert np.isfinite(table[:-1]).all()
     assert ran.report.touched == ["resnets.0", "resnets.1"]
     assert not {"w1", "w2", "w3", "freqs"} & set(ran.model.graph.initializers)
-    ran.assert_equal()
+    ran.assert_close_to_rows()
 
 
 def test_a_timestep_without_a_row_can_not_pass_unnoticed(graphs, noise):
@@ -119,8 +124,7 @@ def test_every_timestep_is_its_own_row(graphs, noise):
     every = graphs.context_of(tuple(range(1000)))
     ran = graphs.run(unet(graphs, noise), FoldTimeEmbedding(), feeds, every)
     assert ran.ops == FOLDED[:2] + FOLDED[3:]  # one lookup less
-    for before, after in zip(ran.before[: len(steps)], ran.after, strict=False):
-        np.testing.assert_array_equal(after["y"], before["y"])
+    assert_first_close(ran, len(steps))
     assert all(np.isnan(item["y"]).all() for item in ran.after[len(steps) :])
 
 
@@ -151,7 +155,8 @@ def test_a_quantizer_does_not_swallow_the_warning(graphs, noise, rows):
         feeds[1]["timestep"] = np.array([981, 2])
     with np.errstate(invalid="ignore"):
         ran = graphs.run(model, FoldTimeEmbedding(), feeds, graphs.context_of(STEPS))
-    np.testing.assert_array_equal(ran.after[0]["y"], ran.before[0]["y"])
+    # a sum of another order may fall on the other side of a rounding: one step of 0.5
+    np.testing.assert_allclose(ran.after[0]["y"], ran.before[0]["y"], rtol=0, atol=0.5)
     assert np.isnan(ran.after[1]["y"][-1]).all()
     assert np.isfinite(ran.after[1]["y"][0]).all() == (rows == 2)
 
@@ -239,7 +244,7 @@ def test_constants_that_are_computed(graphs, noise):
     model = unet(graphs, noise, embedding='["time_proj/Exp"] powers = Exp(freqs)\n' + embedding)
     ran = graphs.run(model, FoldTimeEmbedding(), feeds_of(noise), graphs.context_of(STEPS))
     assert "Exp" not in ran.ops
-    ran.assert_equal()
+    ran.assert_close_to_rows()
 
 
 def test_quantized_time_layers_go_into_the_table(graphs, noise):
@@ -260,7 +265,7 @@ def test_quantized_time_layers_go_into_the_table(graphs, noise):
     )
     ran = graphs.run(model, FoldTimeEmbedding(), feeds_of(noise), graphs.context_of(STEPS))
     assert "FakeQuantize" not in ran.ops
-    ran.assert_equal()
+    ran.assert_close_to_rows()
 
 
 def test_added_conditions_keep_their_part(graphs, noise):
@@ -284,7 +289,7 @@ def test_added_conditions_keep_their_part(graphs, noise):
     assert "time_embedding.linear_1/MatMul" not in names
     assert ran.report.touched == ["time_embedding.act"]
     assert ran.nodes("Gather")[1].inputs[0].shape == ir.Shape([len(STEPS) + 1, 5 + 1])
-    ran.assert_equal()
+    ran.assert_close_to_rows()
 
 
 def test_a_half_precision_body_is_tabled_in_fp32_and_rounded_once(graphs, noise):
@@ -347,7 +352,7 @@ def test_a_quantizer_table_keeps_its_own_lookup(graphs, noise):
         "time_table",
         "time_table",
     ]
-    ran.assert_equal()
+    ran.assert_close_to_rows()
 
 
 @pytest.mark.parametrize("context", ["keep", "no input"])
@@ -456,7 +461,7 @@ def test_fractions_find_their_rows(graphs, noise):
     assert [node.op_type for node in ran.model.graph][:8] == [
         "Sub", "Abs", "Sub", "ArgMin", "ReduceMin", "LessOrEqual", "Where", "Gather",
     ]  # fmt: skip
-    ran.assert_equal()
+    ran.assert_close_to_rows()
 
 
 def test_fractions_rounded_by_a_pipeline_find_their_rows_and_others_do_not(graphs, noise):
@@ -484,8 +489,7 @@ def test_whole_steps_and_fractions_in_one_table(graphs, noise):
     steps = (856.2857, 142.7143, 41.0, 999.0, *near, 856.5, -1.0, 1000.0)
     feeds = fractional_feeds(noise, steps)
     ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(rows))
-    for before, after in zip(ran.before[:4], ran.after, strict=False):
-        np.testing.assert_array_equal(after["y"], before["y"])
+    assert_first_close(ran, 4)
     for exact, again in zip(ran.after[:3], ran.after[4:7], strict=True):
         np.testing.assert_array_equal(again["y"], exact["y"])
     assert all(np.isnan(item["y"]).all() for item in ran.after[7:])
@@ -496,8 +500,7 @@ def test_negative_steps_have_rows(graphs, noise):
     steps = (1.0955, 0.3835, -0.3297, -1.5537)
     feeds = fractional_feeds(noise, (*steps, 0.39, -1.0))
     ran = graphs.run(with_fractions(unet(graphs, noise)), FoldTimeEmbedding(), feeds, graphs.context_of(steps))
-    for before, after in zip(ran.before[:4], ran.after, strict=False):
-        np.testing.assert_array_equal(after["y"], before["y"])
+    assert_first_close(ran, 4)
     assert all(np.isnan(item["y"]).all() for item in ran.after[4:])
 
 
