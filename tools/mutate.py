@@ -55,8 +55,12 @@ _MISSED = 8
 @click.option("--first", default=0, show_default=True, help="Seed of the first; the others follow.")
 @click.option("--changes", default=40, show_default=True, type=click.IntRange(0), help="At most so many per file.")
 @click.option("--runs", default=10, show_default=True, type=click.IntRange(1), help="Checks of each right file.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path),
+              help="Keep the right files here, and check those that are there instead of compiling them again.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; nothing else.")
-def cli(draws: int, first: int, changes: int, runs: int, as_json: bool) -> None:
+def cli(
+    draws: int, first: int, changes: int, runs: int, keep: Path | None, as_json: bool
+) -> None:
     """Compile random models with random recipes, check each right file over several seeds of its calls, then change one
     thing of the file at a time (an element of each constant and of each row of each table, lookups, codes, epsilons,
     exchanged inputs, dropped nodes) and check again. A change that alters nothing in real arithmetic counts apart.
@@ -69,12 +73,12 @@ def cli(draws: int, first: int, changes: int, runs: int, as_json: bool) -> None:
     for seed in range(first, first + draws):
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="qdexport-mutate-") as folder:
-            model, path = _compiled(seed, Path(folder))
+            model, path = _compiled(seed, Path(folder) if keep is None else keep / str(seed))
             for run in range(runs):
                 problems = _problems(model, path, run)
                 right += 1
                 failed += [f"seed {seed}, run {run}: {problem}" for problem in problems]
-            _mutate(model, path, random.Random(seed), changes, seen, missed)
+            _mutate(model, path, Path(folder), random.Random(seed), changes, seen, missed)
         total = sum(counts[key] for counts in seen.values() for key in ("found", "equivalent", "missed"))
         click.echo(f"seed {seed}: {right} right files, {len(failed)} failed; {total} changes, {len(missed)} missed, "
                    f"{time.perf_counter() - started:.0f} s", err=True)  # fmt: skip
@@ -90,8 +94,10 @@ def _compiled(seed: int, folder: Path) -> tuple[QuantizedModel, Path]:
     model = quantized_draw(case)
     if refuses(target, model):
         model = quantized_draw(replace(case, recipe=without_blocks(case.recipe)))
-    lowered = lower_network(capture_network(model, target), model, folder / "right", default_passes())
-    return model, lowered.file.path
+    path = folder / "right" / "model.onnx"
+    if not path.exists():
+        path = lower_network(capture_network(model, target), model, path.parent, default_passes()).file.path
+    return model, path
 
 
 def _problems(model: QuantizedModel, path: Path, seed: int, *, calls: int = 3) -> list[str]:
@@ -105,9 +111,10 @@ def _problems(model: QuantizedModel, path: Path, seed: int, *, calls: int = 3) -
         return [str(error)]
 
 
-def _mutate(
+def _mutate(  # noqa: PLR0913  the last two are results
     model: QuantizedModel,
     path: Path,
+    folder: Path,
     source: random.Random,
     count: int,
     seen: dict[str, Counter[str]],
@@ -117,7 +124,7 @@ def _mutate(
     for item in _chosen(list(mutations(proto, source)), count, source):
         changed = onnx.ModelProto.FromString(proto.SerializeToString())
         item.edit(changed)
-        other = path.parent.parent / "changed.onnx"
+        other = folder / "changed.onnx"
         onnx.save(changed, other)
         problems = _problems(model, other, 0, calls=1)
         if problems:
@@ -163,7 +170,7 @@ def _equivalent(model: QuantizedModel, right: Path, changed: Path) -> bool:
             run = Float64Graph(graph)
             run.start(fit_inputs(call.inputs, facts.io))
             outputs.append(run.value(run.outputs[0]))
-        if distance(*outputs).worst > _EQUAL:
+        if distance(outputs[0], outputs[1]).worst > _EQUAL:
             return False
     return True
 

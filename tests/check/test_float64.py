@@ -89,8 +89,8 @@ def test_a_right_file_is_the_same_function(
     compiled = {"static": static, "stepped": stepped}[kind]
     found = measured(compiled, None, tmp_path, calls=3)
     assert (found.problems, found.notes, found.calls) == ([], [], 3)
-    # FP32: constants that were rounded once, 2^-24; FP16: 1 / sqrt(D) and rows of the time table, 2^-12
-    assert found.sqnr_db > (130 if kind == "static" else 65)
+    # constants that a pass rounds anew are off by 2^-24; FP16 ones are PyTorch's, or exactly roundings of its numbers
+    assert found.sqnr_db > 130
     assert found.rows["time table"] == 3
     assert found.rows["timesteps without a row"] == 997
     if kind == "stepped":
@@ -161,6 +161,21 @@ def test_what_lies_between_quantized_layers_is_named(
     problems = measured(static, edit, tmp_path).problems
     assert problems
     assert module in problems[0]
+
+
+def test_exchanged_inputs_in_front_of_a_quantizer_are_named(stepped: Compiled, tmp_path: Path) -> None:
+    """What the layer's scale is made of is then the picture, which no table has."""
+    changed = []
+
+    def edit(proto: onnx.ModelProto) -> None:
+        quantizers = [item for item in proto.graph.node if "mid_block.resnets.0.conv2.input_quantizer/" in item.name]
+        node = next(item for item in quantizers if item.op_type in {"Div", "Sub"})
+        node.input[0], node.input[1] = node.input[1], node.input[0]
+        changed.append(node.name)
+
+    problems = measured(stepped, edit, tmp_path).problems
+    assert changed
+    assert "mid_block.resnets.0.conv2" in problems[0]
 
 
 def test_an_epsilon_is_named(static: Compiled, tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from qdexport.check.float64.compare import distance
 from qdexport.check.float64.graph import Float64Graph
+from qdexport.check.float64.halves import stored_roundings
 from qdexport.check.float64.model import Float64, float64_inputs, in_float64
 from qdexport.graph.nvfp4 import DYNAMIC_QUANTIZE
 from qdexport.models.denoiser import call_denoiser
 
-__all__ = ["Condition", "Pairing", "fitted_rows", "onnx_sources", "pair", "record"]
+__all__ = ["TABLES", "Condition", "Pairing", "fitted_rows", "onnx_sources", "pair", "record"]
 
-_TABLES: Final = ("step_table", "softmax_table")  # rows of quantizers: layers are compared at each of them
+TABLES: Final = ("step_table", "softmax_table")  # rows of quantizers: layers are compared at each of them
 _QUANTIZERS: Final = frozenset({"QuantizeLinear", DYNAMIC_QUANTIZE})
 _FLOATS: Final = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE})
 
@@ -153,7 +154,7 @@ def _behind_tables(model: ir.Model) -> set[ir.Value]:
     found: set[ir.Value] = set()
     for node in model.graph:
         read = [value for value in node.inputs if value is not None and value.const_value is None]
-        if (node.name or "").partition("/")[0] in _TABLES or (read and all(value in found for value in read)):
+        if (node.name or "").partition("/")[0] in TABLES or (read and all(value in found for value in read)):
             found.update(node.outputs)
     return found
 
@@ -248,7 +249,7 @@ def pair(
         for value in frontier:
             found = run.value(value)
             zeros[value] += bool((found == 0).all())
-            for key in _equals(found, leaves, factors, tolerance):
+            for key in _equals(value, found, leaves, factors, tolerance):
                 votes[value][key] = votes[value].get(key, 0) + 1
     known, unknown, guards = {}, [], []
     for value in frontier:
@@ -264,7 +265,7 @@ def pair(
 
 
 def _equals(
-    found: Tensor, leaves: Sequence[Tensor], factors: Sequence[Tensor], tolerance: float
+    value: ir.Value, found: Tensor, leaves: Sequence[Tensor], factors: Sequence[Tensor], tolerance: float
 ) -> Iterator[tuple[int, int]]:
     """Numbers of the leaves, and of the factor (-1: none), that a value equals."""
     for index, leaf in enumerate(leaves):
@@ -273,6 +274,7 @@ def _equals(
                 factor = None if number < 0 else factors[number]
                 if factor is not None and factor.numel() not in found.shape:
                     continue
-                if distance(_fit(leaf, factor, found), found).worst <= tolerance:
+                roundings = stored_roundings(value, scaled=factor is not None)
+                if distance(_fit(leaf, factor, found), found, roundings).worst <= tolerance:
                     yield index, number
                     break

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from qdexport.check.float64.ops import execute
 from qdexport.errors import ParityError
 from qdexport.graph.query import only_consumer, value_name
 
-__all__ = ["SCALE_ROUNDINGS", "Float64Graph", "attention_scales"]
+__all__ = ["SCALE_ROUNDINGS", "Float64Graph", "attention_scales", "unrounded_scales"]
 
 SCALE_ROUNDINGS: Final = 2.0**-9  # of several factors that were rounded to FP16
 _CACHED_ELEMENTS: Final = 1 << 16  # smaller constants are converted once
@@ -31,9 +32,13 @@ class Float64Graph:
     Args:
         model: an emitted graph; nothing in it is changed.
         keep: values that will be asked for, even behind those that read them.
+        unrounded: constants that are executed with other numbers than those of the file, which are roundings of them;
+            those of :func:`unrounded_scales` where nothing is said.
     """
 
-    def __init__(self, model: ir.Model, keep: Iterable[ir.Value] = ()) -> None:
+    def __init__(
+        self, model: ir.Model, keep: Iterable[ir.Value] = (), unrounded: Mapping[ir.Value, Tensor] | None = None
+    ) -> None:
         self._inputs = {str(value.name): value for value in model.graph.inputs}
         self._uses = Counter(
             value for node in model.graph for value in node.inputs if value is not None
@@ -44,7 +49,7 @@ class Float64Graph:
         self._values: dict[ir.Value, Tensor] = {}
         self._constants: dict[ir.Value, Tensor] = {}
         self.outputs = list(model.graph.outputs)
-        self._constants.update(_unrounded_scales(model))
+        self._constants.update(unrounded_scales(model) if unrounded is None else unrounded)
 
     def start(self, inputs: Mapping[str, Tensor], narrow: str = "timestep") -> None:
         """Begins a call; inputs that the graph does not read are left out."""
@@ -135,19 +140,27 @@ def attention_scales(model: ir.Model) -> Iterator[tuple[ir.Node, float, float, l
             yield node, depth**-0.5, math.prod(_number(value) for value in constants), constants
 
 
-def _unrounded_scales(model: ir.Model) -> dict[ir.Value, Tensor]:
-    """The factors of attention before they were rounded to FP16, where they are roundings of ``1 / sqrt(D)``.
+def unrounded_scales(model: ir.Model) -> dict[ir.Value, Tensor]:
+    """The factors of attention before they were rounded to FP16, where they are exactly roundings of ``1 / sqrt(D)``.
 
     PyTorch has the number itself, and FP16 is up to 2^-12 away from it, which softmax multiplies.
     """
     found: dict[ir.Value, Tensor] = {}
     for _, exact, stored, constants in attention_scales(model):
         half = [value for value in constants if value.dtype == ir.DataType.FLOAT16]
-        if half and stored > 0 and abs(stored / exact - 1) <= SCALE_ROUNDINGS:
-            for value in half:
-                right = _number(value) * (exact / stored) ** (1 / len(half))
+        if not half or stored <= 0 or abs(stored / exact - 1) > SCALE_ROUNDINGS:
+            continue
+        for value in half:
+            right = _number(value) * (exact / stored) ** (1 / len(half))
+            if _number(value) in _roundings(right):
                 found[value] = torch.full([int(str(size)) for size in value.shape or ()], right, dtype=torch.float64)
     return found
+
+
+def _roundings(scale: float) -> tuple[float, float]:
+    """A number in FP16, and the product in FP16 of its two equal factors (pass plain-attention)."""
+    factor = np.float16(math.sqrt(scale))
+    return float(np.float16(scale)), float(factor * factor)
 
 
 def _number(value: ir.Value) -> float:
@@ -159,7 +172,8 @@ def _behind_product(node: ir.Node) -> list[ir.Value] | None:
     constants = []
     reader = only_consumer(node.outputs[0])
     while reader is not None and reader.op_type in {"Add", "Cast", "Mul"}:
-        constants += [value for value in [_factor(reader)] if value is not None]
+        if reader.op_type == "Mul":
+            constants += [value for value in [_factor(reader)] if value is not None]
         reader = only_consumer(reader.outputs[0])
     return constants if reader is not None and reader.op_type == "Softmax" else None
 

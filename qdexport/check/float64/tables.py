@@ -22,14 +22,17 @@ from torch import Tensor
 from qdexport.check.float64.alone import Condition, Pairing, fitted_rows, pair, record
 from qdexport.check.float64.compare import Distance, distance, row_distances
 from qdexport.check.float64.graph import Float64Graph
+from qdexport.check.float64.halves import inverses, stored_roundings
 from qdexport.check.float64.model import Float64, product_in_float64
-from qdexport.check.float64.network import Float64Network, Tolerances, stored_codes
+from qdexport.check.float64.network import Carried, Float64Network, Tolerances, stored_codes
+from qdexport.check.float64.ops import UnsupportedError
 from qdexport.core.network_facts import NetworkFacts
 from qdexport.core.spec import LayerPlan
+from qdexport.errors import ParityError
 from qdexport.graph.dialect import STEP_ROWS
 from qdexport.models.rotary import POSITIONS
 from qdexport.quant.attach import QuantizedModel
-from qdexport.quant.modules import ActivationQuantizer, ChannelScale, FirstToken, quantizer_pairs
+from qdexport.quant.modules import ActivationQuantizer, FirstToken, quantizer_pairs
 from qdexport.quant.softmax import SoftmaxQuantizer
 
 __all__ = ["TableCheck", "check_tables"]
@@ -93,9 +96,9 @@ def check_tables(
         ParityError: an operator of the file cannot be executed.
     """
     found = TableCheck()
-    run = Float64Graph(network.graph)
+    run = network.graph_alone()
     conditions = _conditions(facts)
-    factors = _factors(model)
+    factors = inverses(model.denoiser)  # what the file may multiply channels by where PyTorch does not
     limits = network.tolerances
 
     def paired(condition: Condition, samples: Sequence[Mapping[str, Tensor]], tolerance: float) -> Pairing:
@@ -137,11 +140,6 @@ def _conditions(facts: NetworkFacts) -> list[frozenset[str]]:
 def _spread(samples: Sequence[Mapping[str, Tensor]]) -> list[Mapping[str, Tensor]]:
     last = len(samples) - 1
     return [samples[index] for index in sorted({round(i * last / (_TRIED - 1)) for i in range(_TRIED)})]
-
-
-def _factors(model: QuantizedModel) -> list[Tensor]:
-    """What the file may multiply channels by where PyTorch does not: every ``1 / r``."""
-    return [item.inverse.flatten() for item in model.denoiser.modules() if isinstance(item, ChannelScale)]
 
 
 def _place(value: ir.Value) -> str:
@@ -201,7 +199,8 @@ def _wrong_rows(run: Float64Graph, pairing: Pairing, steps: Tensor) -> Iterator[
     worst, places = torch.zeros(len(steps), dtype=torch.float64), [""] * len(steps)
     for value, (index, factor) in pairing.values.items():
         stored = run.value(value)
-        apart = row_distances(fitted_rows(leaves[index], factor, stored), stored)
+        roundings = stored_roundings(value, scaled=factor is not None)
+        apart = row_distances(fitted_rows(leaves[index], factor, stored), stored, roundings)
         for row in (apart > worst).nonzero().reshape(-1).tolist():
             worst[row], places[row] = apart[row], _place(value)
     for value in pairing.guards:
@@ -287,9 +286,14 @@ def _layer_rows(found: TableCheck, network: Float64Network, model: QuantizedMode
             if quantizer is None or quantizer.scale.shape[0] == 1:
                 continue
             rows = quantizer.scale.shape[0]
-            bad = list(_part_rows(network, model, plan, index, rows, source))
+            bad = _part_rows(network, model, plan, index, rows, source)
             count += rows
-            wrong += [f"{part} at row {row} (timestep {model.timesteps[row]:g}): {what}" for row, what in bad]
+            try:
+                wrong += [f"{part} at row {row} (timestep {model.timesteps[row]:g}): {what}" for row, what in bad]
+            except UnsupportedError:
+                raise
+            except ParityError as error:
+                wrong.append(f"{part} cannot be executed ({error})")
     found.rows["rows of layers"] = count
     found.wrong("rows of activation scales, zero points or corrections differ", wrong)
 
@@ -303,13 +307,13 @@ def _part_rows(
     quantizer, _ = quantizer_pairs(layer)[index]
     if quantizer is None:
         return
-    kernel, run = layer.kernels()[index], Float64Graph(network.graph)
+    kernel, run = layer.kernels()[index], network.graph_alone()
     held = probe.node.inputs[1]
     weight = None
     for row in range(rows):
         x = _numbers(layer, kernel, quantizer, row, source)
         model.context.row = torch.tensor([row])
-        expected = network.laid_out(part, product_in_float64(layer, index, x, kernel))
+        expected = network.stored_output(part, product_in_float64(layer, index, x, kernel))
         codes = network.laid_out(part, stored_codes(quantizer, x, probe.pads), carried=False)
         run.start({"timestep": network.timestep(model.timesteps[row])})
         if held is not None:
@@ -348,7 +352,7 @@ def _softmax_rows(found: TableCheck, network: Float64Network, model: QuantizedMo
     for name, module in model.denoiser.named_modules():
         if not isinstance(module, SoftmaxQuantizer) or module.scale.shape[0] == 1:
             continue
-        probe, run = network.probes[name], Float64Graph(network.graph)
+        probe, run = network.probes[name], network.graph_alone()
         # probabilities over all powers of two that a code of 8 bits has
         numbers = torch.exp2(-20 * torch.rand([1, 1, 8, 32], generator=source, dtype=torch.float64))
         for row in range(module.scale.shape[0]):
@@ -441,7 +445,6 @@ def _first_token(
     """The constants of the text's first token: its projection, that of a zero token, and NaN for any other."""
     if model.bos is None or "encoder_hidden_states" not in inputs:
         return
-    joins = _joins(network.graph)
     wrong, missing = [], []
     text = inputs["encoder_hidden_states"].clone()
     kinds = {"the first token": model.bos.embedding, "a zero token": torch.zeros_like(model.bos.embedding)}
@@ -451,31 +454,31 @@ def _first_token(
         for name, module in model.denoiser.named_modules():
             if not isinstance(module, FirstToken):
                 continue
-            layer: Any = model.denoiser.get_submodule(name.rpartition(".")[0])
-            value = joins.get(name)
+            layer, value = name.rpartition(".")[0], network.first_tokens.get(name)
             if value is None:
                 missing.append(name)
                 continue
-            stored = run.value(value).reshape(-1, layer.out_features)
-            with torch.no_grad():
-                bias = None if layer.bias is None else layer.bias.double()
-                expected = F.linear(token.double(), layer.weight.double(), bias).expand(stored.shape)
+            expected = _projection(model.denoiser.get_submodule(layer), token, network.carried(layer))
+            stored = run.value(value).reshape(-1, len(expected))
             if kind not in kinds:
                 expected = torch.full_like(expected, math.nan)
-            apart = distance(expected, stored)
-            if not apart.worst <= network.tolerances.rounded:
-                wrong.append(f"{name.rpartition('.')[0]}, {kind} ({_decibel(apart)})")
-    found.rows["constants of the first token"] = 3 * len(joins)
+            apart = distance(expected.expand(stored.shape), stored, stored_roundings(value))
+            if not apart.worst <= network.tolerances.tensor:
+                wrong.append(f"{layer}, {kind} ({_decibel(apart)})")
+    found.rows["constants of the first token"] = 3 * len(network.first_tokens)
     found.wrong("keys and values of the text's first token differ", wrong)
     if missing:
         found.notes.append(f"the constant of {missing[0]} was not found in the file; calls alone compare it")
 
 
-def _joins(graph: ir.Model) -> dict[str, ir.Value]:
-    """What each layer puts in front of its other tokens."""
-    return {
-        name: node.inputs[0]
-        for node in graph.graph
-        if node.op_type == "Concat" and (name := (node.name or "").rpartition("/")[0]).endswith(".first_token")
-        if node.inputs[0] is not None
-    }
+def _projection(layer: Any, token: Tensor, carried: Sequence[Carried]) -> Tensor:
+    """What a layer makes of a token, float64 ``[C]``; with a ``1 / r`` that its constants were rounded with."""
+    bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+    made = []
+    for constant in (layer.weight.detach(), bias.detach()):
+        scaled = constant.to(torch.float64)
+        for item in carried:
+            scaled[item.part] *= item.inverse.reshape([-1] + [1] * (constant.dim() - 1))
+        made.append(scaled.to(constant.dtype).double() if carried else scaled)
+    weight, offset = made
+    return F.linear(token.double(), weight, offset)
