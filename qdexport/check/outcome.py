@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NARROW",
     "agrees",
-    "coarser",
+    "beyond",
     "compiled_problems",
     "coverage_counts",
     "failed",
@@ -144,9 +144,11 @@ def _pictures(report: Report) -> tuple[Literal["kept", "not kept", "not judged"]
     )
     if few and not share.high <= share.limit:
         return "not judged", [f"{told} {few} pictures are too few to tell."]
-    fall, texture = quality.quantized.alignment_fall, quality.quantized.texture
+    fall, texture, contrast = (getattr(quality.quantized, key) for key in ("alignment_fall", "texture", "contrast"))
     if texture is not None:
         told += f" Neighbouring pixels differ {_said(texture)} times as much; below {texture.limit:.3g} is asked."
+    if contrast is not None:
+        told += f" Contrast is {_said(contrast)} times theirs; above {1 / contrast.limit:.3g} is asked."
     return "kept", [told if fall is None else f"{told} Alignment falls by {_said(fall)}."]
 
 
@@ -171,12 +173,16 @@ def _not_kept(name: str, scores: QualityScores, *, few: bool) -> Iterator[str]:
             f"The pictures of {name} are not those of the floating-point model: they differ from them by "
             f"{_said(share)} of what another seed makes; at most {share.limit:.3g} is asked."
         )
-    texture = scores.texture
-    if texture is not None and coarser(texture, few=few):
+    texture, contrast = scores.texture, scores.contrast
+    if texture is not None and beyond(texture, few=few):
         yield (
-            f"The pictures of {name} {'are noisier' if texture.value > 1 else 'have less contrast'} than those of the "
-            f"floating-point model: neighbouring pixels differ {_said(texture)} times as much; between "
-            f"{1 / texture.limit:.3g} and {texture.limit:.3g} is asked."
+            f"The pictures of {name} are {'noisier' if texture.value > 1 else 'smoother'} than those of the "
+            f"floating-point model: neighbouring pixels differ {_said(texture)} times as much; {_between(texture)}."
+        )
+    if contrast is not None and beyond(contrast, few=few):
+        yield (
+            f"The pictures of {name} have {'more' if contrast.value > 1 else 'less'} contrast than those of the "
+            f"floating-point model, {_said(contrast)} times theirs; {_between(contrast)}."
         )
     fall = scores.alignment_fall
     if fall is not None and falls(fall):
@@ -191,15 +197,19 @@ def falls(fall: Margin) -> bool:
     return fall.low > 0 and not fall.value < fall.limit
 
 
-def coarser(texture: Margin, *, few: bool = False) -> bool:
-    """Whether texture changes by the limit or more, and not by chance.
+def beyond(factor: Margin, *, few: bool = False) -> bool:
+    """Whether texture or contrast changes by the limit or more, and not by chance.
 
-    The near end of the interval lies beyond half of the limit; of few pictures, whose farthest level is far by chance
+    The near end of the interval lies beyond half of the limit; of few pictures, whose texture is far off by chance
     alone, beyond all of it.
     """
-    value, near = abs(math.log(texture.value)), texture.low if texture.value > 1 else 1 / texture.high
-    allowed = math.log(texture.limit)
+    value, near = abs(math.log(factor.value)), factor.low if factor.value > 1 else 1 / factor.high
+    allowed = math.log(factor.limit)
     return not value < allowed and math.log(max(near, 1e-300)) > (allowed if few else allowed / 2)
+
+
+def _between(factor: Margin) -> str:
+    return f"between {1 / factor.limit:.3g} and {factor.limit:.3g} is asked"
 
 
 def _said(margin: Margin) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from scipy import stats
 
-from qdexport.check.texture import change_of_texture
+from qdexport.check.texture import change_of_contrast, change_of_texture
 from qdexport.core.results import Margin
 
 if TYPE_CHECKING:
@@ -44,13 +44,15 @@ class Pictures:
         share: their error as a share of what another seed makes; None where it cannot be measured.
         fall: of alignment; None without an evaluator.
         texture: the factor by which differences of neighbouring pixels change; None where it cannot be measured.
-        near: whether the limit of the share, or of the texture, lies in a wide interval of it.
+        contrast: the factor by which the pictures' deviation changes; None where it cannot be measured.
+        near: whether the limit of the share, of texture or of contrast lies in a wide interval of it.
         not_judged: why no verdict can come of them, in a sentence.
     """
 
     share: Margin | None = None
     fall: Margin | None = None
     texture: Margin | None = None
+    contrast: Margin | None = None
     near: bool = False
     not_judged: str | None = None
 
@@ -78,16 +80,16 @@ class Pictures:
         least = INVISIBLE / limits.share  # an error of one grey level is never too much
         share = share_of_other_seed(errors, np.maximum(scale, least), limits.share)
         wide = share_of_other_seed(errors, np.maximum(scale, least), limits.share, confidence=_WIDE)
-        texture, loose = (
-            change_of_texture(own, fp[: len(own)], limits.texture, confidence=confidence)
-            for confidence in (_CONFIDENCE, _WIDE)
-        )
+        of, changes = fp[: len(own)], {change_of_texture: limits.texture, change_of_contrast: limits.contrast}
+        texture, contrast = (change(own, of, limit) for change, limit in changes.items())
+        loose = [change(own, of, limit, confidence=_WIDE) for change, limit in changes.items()]
         same = _middle(scale) < _NOTHING and not share.high <= limits.share and not _gross(errors, fp, limits.share)
         return cls(
             share=share,
             fall=fall,
             texture=texture,
-            near=wide.low <= limits.share < wide.high or (loose is not None and _straddles(loose)),
+            contrast=contrast,
+            near=wide.low <= limits.share < wide.high or any(item is not None and _straddles(item) for item in loose),
             not_judged=_SAME if same else None,
         )
 
@@ -156,9 +158,9 @@ def _finite_exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def _straddles(texture: Margin) -> bool:
+def _straddles(factor: Margin) -> bool:
     """Whether a limit lies inside the interval."""
-    return any(texture.low < edge < texture.high for edge in (texture.limit, 1 / texture.limit))
+    return any(factor.low < edge < factor.high for edge in (factor.limit, 1 / factor.limit))
 
 
 def _middle(errors: NDArray[np.float64]) -> float:

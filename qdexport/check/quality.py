@@ -185,7 +185,7 @@ def _quality(sampler: _Sampler, evaluator: ShapesEvaluator | None) -> Quality:
         if column != _FP:
             found = sampler.pictures(evaluator, column)
             scores[column].share, scores[column].alignment_fall = found.share, found.fall
-            scores[column].texture = found.texture
+            scores[column].texture, scores[column].contrast = found.texture, found.contrast
     return Quality(
         images=len(sampler.images[_FP]),
         steps=len(schedule(model.loaded, model.recipe.calibration.steps)),

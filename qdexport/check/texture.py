@@ -1,8 +1,8 @@
-"""Whether pictures have the grain and the edges of the floating-point model's, all of them taken together.
+"""Whether pictures have the grain and the contrast of the floating-point model's, all of them taken together.
 
 An error as a share of what another seed makes says little where another seed changes everything, as a background that
 no prompt names: pictures full of noise still are closer than another seed's. But no seed adds noise, or takes contrast
-away: how much neighbouring pixels differ is the same for all seeds.
+away: how much the pixels of a picture differ is the same for all seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qdexport.core.results import Margin
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["change_of_texture"]
+__all__ = ["change_of_contrast", "change_of_texture"]
 
 # what one grey level of 256 in [-1, 1] adds to both sides of a ratio, so that a flat ground has one
 _GREY: Final = 2 / 255
@@ -58,6 +58,33 @@ def change_of_texture(
     error = math.inf if len(own) < 2 else float(_log_ratios(counts, drawn)[:, group].std(ddof=1))
     reach = float(stats.norm.ppf((1 + confidence) / 2)) * error
     low, value, high = (math.exp(min(ratios[group] + step, 700.0)) for step in (-reach, 0.0, reach))
+    return Margin(value=value, low=low, high=high, limit=limit)
+
+
+def change_of_contrast(
+    own: NDArray[np.float32], fp: NDArray[np.float32], limit: float, *, confidence: float = 0.95
+) -> Margin | None:
+    """The factor by which the contrast of pictures changes: the mean over pictures of their standard deviation.
+
+    The interval is Student's, of the factor's logarithm, to first order in what single pairs of pictures add to it.
+
+    Args:
+        own: pictures ``[N, C, H, W]`` of the quantized model, finite.
+        fp: of the floating-point model, from the same prompts and noise.
+        limit: what the factor is held against: it is to lie between ``1 / limit`` and ``limit``.
+        confidence: of the interval.
+
+    Returns:
+        The factor, of deviations with one grey level added to both; None for pictures of a single value.
+    """
+    if own[0].size < 2:
+        return None
+    after, before = (batch.reshape(len(batch), -1).std(axis=1, dtype=np.float64) + _GREY for batch in (own, fp))
+    middle, pairs = math.log(after.mean() / before.mean()), after / after.mean() - before / before.mean()
+    reach = math.inf
+    if len(own) > 1:
+        reach = float(stats.t.ppf((1 + confidence) / 2, len(own) - 1) * pairs.std(ddof=1) / math.sqrt(len(own)))
+    low, value, high = (math.exp(min(middle + step, 700.0)) for step in (-reach, 0.0, reach))
     return Margin(value=value, low=low, high=high, limit=limit)
 
 

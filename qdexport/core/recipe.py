@@ -281,10 +281,10 @@ class PictureLimits(_Part):
         default=0.03, gt=0, le=1, description="loss of alignment with the prompt, where an evaluator is; less than"
     )
     texture: float = Field(
-        default=1.25,
-        gt=1,
-        le=10,
-        description="factor by which differences of neighbouring pixels change, more (noise) or less (contrast); below",
+        default=1.5, gt=1, le=10, description="factor by which neighbouring pixels differ more (noise) or less; below"
+    )
+    contrast: float = Field(
+        default=1.2, gt=1, le=10, description="factor by which the deviation of a picture rises or falls; below"
     )
     extend: int = Field(
         default=8, ge=1, le=1000, description="up to how many times as many images where a verdict is near its limit"

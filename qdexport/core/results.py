@@ -174,7 +174,7 @@ class QualityScores(_Record):
     """Scores of one set of ``images``; ``frechet`` is to real images, ``frechet_fp`` to the FP model's images.
 
     ``share`` is the error as a share of what another seed makes, ``alignment_fall`` the loss of alignment, ``texture``
-    the factor by which differences of neighbouring pixels change.
+    the factor by which differences of neighbouring pixels change, ``contrast`` that of the pictures' deviation.
     """
 
     images: int | None = None
@@ -188,6 +188,7 @@ class QualityScores(_Record):
     share: Margin | None = None
     alignment_fall: Margin | None = None
     texture: Margin | None = None
+    contrast: Margin | None = None
 
 
 class Quality(_Record):

@@ -103,6 +103,8 @@ def pictures_margin(report: Report) -> str:
     told = f"{margin(share)} of another seed's error, at most {number(share.limit)}"
     if (texture := quality.quantized.texture) is not None:
         told = f"{told}; neighbouring pixels differ {margin(texture)} times as much, below {number(texture.limit)}"
+    if (contrast := quality.quantized.contrast) is not None:
+        told = f"{told}; contrast {margin(contrast)} times theirs, above {number(1 / contrast.limit)}"
     return told if fall is None else f"{told}; alignment falls by {margin(fall)}, less than {number(fall.limit)}"
 
 

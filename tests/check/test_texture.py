@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from qdexport.check.outcome import coarser
+from qdexport.check.outcome import beyond
 from qdexport.check.pictures import Pictures
-from qdexport.check.texture import change_of_texture
+from qdexport.check.texture import change_of_contrast, change_of_texture
 from qdexport.core.recipe import PictureLimits
 
 LIMIT = PictureLimits().texture
@@ -40,26 +40,41 @@ def test_equal_pictures_have_the_same_texture() -> None:
 
 def test_another_seed_is_no_change_beyond_chance() -> None:
     found = [change_of_texture(scenes(32, 2 * seed), scenes(32, 2 * seed + 1), LIMIT) for seed in range(20)]
-    assert not any(item is None or coarser(item) for item in found)
+    assert not any(item is None or beyond(item) for item in found)
 
 
 def test_noise_is_found_where_another_seed_differs_more() -> None:
     fp = scenes(32, 0)
-    own, others = noisy(fp, 0.15), scenes(32, 1)
+    own, others = noisy(fp, 0.2), scenes(32, 1)
     found = Pictures.of(own, fp, others, None, PictureLimits())
     assert found.share is not None
     assert found.share.high < found.share.limit  # the share alone would keep it
     assert found.texture is not None
     assert found.texture.value > LIMIT
-    assert coarser(found.texture)
+    assert beyond(found.texture)
 
 
 def test_lost_contrast_is_found_and_is_below_one() -> None:
     fp = scenes(32, 0)
-    flat = change_of_texture(fp * np.float32(0.6), fp, LIMIT)
-    assert flat is not None
-    assert flat.value == pytest.approx(0.6, abs=0.05)
-    assert coarser(flat)
+    for change in (change_of_texture, change_of_contrast):
+        flat = change(fp * np.float32(0.6), fp, 1.2)
+        assert flat is not None
+        assert flat.value == pytest.approx(0.6, abs=0.05)
+        assert beyond(flat)
+
+
+def test_contrast_of_another_seed_is_no_change_beyond_chance() -> None:
+    found = [change_of_contrast(scenes(32, 2 * seed), scenes(32, 2 * seed + 1), 1.2) for seed in range(20)]
+    assert not any(item is None or beyond(item) for item in found)
+
+
+def test_contrast_of_one_picture_and_of_one_pixel() -> None:
+    fp = scenes(1, 0)
+    single = change_of_contrast(0 * fp, fp, 1.2)
+    assert single is not None
+    assert np.isfinite([single.low, single.high]).all()
+    assert not beyond(single)
+    assert change_of_contrast(fp[:, :1, :1, :1], fp[:, :1, :1, :1], 1.2) is None
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.005, 0.01])
@@ -68,7 +83,7 @@ def test_noise_that_nobody_sees_is_none(spread: float) -> None:
     fp = scenes(32, 0)
     found = change_of_texture(noisy(fp, spread), fp, LIMIT)
     assert found is not None
-    assert not coarser(found)
+    assert not beyond(found)
 
 
 def test_a_flat_ground_has_a_texture_of_one_grey_level() -> None:
@@ -91,4 +106,4 @@ def test_one_picture_proves_nothing() -> None:
     found = change_of_texture(noisy(fp, 0.3), fp, LIMIT)
     assert found is not None
     assert np.isfinite([found.low, found.high]).all()
-    assert not coarser(found, few=True)
+    assert not beyond(found, few=True)

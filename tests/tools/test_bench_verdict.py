@@ -106,7 +106,7 @@ def test_verdicts_are_counted_with_their_least_margin(tmp_path: Path) -> None:
     assert found["w8a8"]["pictures"]["margins"] == [2.5, 2.0, 25.0]
     assert found["w8a8-asym"]["pictures"]["verdicts"] == ["kept", "not kept", "kept"]
     text = table_text(gather(settings))
-    assert "| w8a8 | 1.00e-03 | 0.0783 |  | 3 of 3 | 2.00 x | yes |" in text
+    assert "| w8a8 | 1.00e-03 | 0.0783 |  |  | 3 of 3 | 2.00 x | yes |" in text
     assert "2 of 3 (!)" in text
     assert "`shapes`: 5 of 6 verdicts on pictures are the same" in text
 

@@ -127,6 +127,7 @@ def _result(seed: int, report: Report) -> dict[str, Any]:
             "mse": scores.mse,
             "share": None if scores.share is None else scores.share.model_dump(),
             "texture": None if scores.texture is None else scores.texture.model_dump(),
+            "contrast": None if scores.contrast is None else scores.contrast.model_dump(),
             "fall": None if scores.alignment_fall is None else scores.alignment_fall.model_dump(),
         }
     if parity is not None:

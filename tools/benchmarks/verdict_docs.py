@@ -31,12 +31,12 @@ once, and validated with up to {seeds} seeds of validation, which choose prompts
 - **kept**: how often the verdict on the pictures was *kept*.
 - **share**: squared error of the pictures as a share of what another seed makes, mean over the seeds; the limit stands
   in the recipe (`validation.pictures.share`).
-- **texture**: the factor by which differences of neighbouring pixels change (`validation.pictures.texture`), farthest
-  from 1 over the seeds.
-- **margin**: the factor by which a run lies off its limit, in the closest of the runs: the nearer of share (by the
-  deciding end of its interval) and texture where pictures are kept, the farther where they are not (below 1 where
-  alignment decided); of the compiled network the decibels by which the worst layer or the whole network lies above its
-  threshold.
+- **texture**, **contrast**: the factors by which differences of neighbouring pixels and the deviation of pictures
+  change (`validation.pictures.texture`, `.contrast`), farthest from 1 over the seeds.
+- **margin**: the factor by which a run lies off its limit, in the closest of the runs: the nearest of share (by
+  the deciding end of its interval), texture and contrast where pictures are kept, the farthest where they are not
+  (below 1 where alignment decided); of the compiled network the decibels by which the worst layer or the whole
+  network lies above its threshold.
 - **same**: whether every seed gave the same verdict; empty for a single seed.
 
 An empty cell was not measured.
@@ -86,22 +86,23 @@ def _measured(row: Mapping[str, Any]) -> bool:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    head = ["recipe", "image MSE", "share", "texture", "kept", "margin", "same", "compiled right", "margin dB"]
+    head = ["recipe", "image MSE", "share", "texture", "contrast", "kept", "margin", "same"]
+    head += ["compiled right", "margin dB"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *(_line(name, row) for name, row in rows.items())]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _texture(results: list[Mapping[str, Any]]) -> str:
-    """The factor farthest from 1 of all seeds."""
-    found = [item["texture"]["value"] for item in results if item.get("texture")]
-    return f"{max(found, key=lambda value: max(value, 1 / value)):.2f}" if found else ""
+def _factors(results: list[Mapping[str, Any]]) -> list[str]:
+    """The factors farthest from 1 of all seeds, of texture and of contrast."""
+    found = [[item[key]["value"] for item in results if item.get(key)] for key in ("texture", "contrast")]
+    return [f"{max(values, key=lambda value: max(value, 1 / value)):.2f}" if values else "" for values in found]
 
 
 def _line(name: str, row: Mapping[str, Any]) -> list[str]:
     cells = [name]
     pictures, compiled = row.get("pictures"), row.get("compiled")
     if pictures is None:
-        cells += [""] * 6
+        cells += [""] * 7
     else:
         verdicts = pictures["verdicts"]
         kept = verdicts.count("kept")
@@ -110,7 +111,7 @@ def _line(name: str, row: Mapping[str, Any]) -> list[str]:
         margin = "" if pictures["least_margin"] is None else f"{pictures['least_margin']:.2f} x"
         same = "" if len(verdicts) == 1 else "yes" if len(set(verdicts)) == 1 else "no"
         counted = f"{kept} of {len(verdicts)}{' (!)' if wrong else ''}"
-        cells += [f"{pictures['mse']:.2e}", share, _texture(pictures["results"]), counted, margin, same]
+        cells += [f"{pictures['mse']:.2e}", share, *_factors(pictures["results"]), counted, margin, same]
     if compiled is None:
         return [*cells, "", ""]
     right = compiled["verdicts"].count("pass")

@@ -149,17 +149,17 @@ def _summary(kind: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _picture_margin(result: Mapping[str, Any]) -> float | None:
-    """By which factor a number lies off its limit: of what is kept the least of share and texture, of what is not
-    the greatest. Of the share the deciding end of the interval counts. Below 1 where alignment decided, None where
-    nothing did.
+    """By which factor a number lies off its limit: of what is kept the least of share, texture and contrast, of
+    what is not the greatest. Of the share the deciding end of the interval counts. Below 1 where alignment
+    decided, None where nothing did.
     """
-    share, texture = result.get("share"), result.get("texture")
+    share = result.get("share")
     if not share or result["pictures"] == "not judged":
         return None
     factors: list[float] = [share["limit"] / share["high"]]
-    if texture:
-        # the factor's distance from 1 on either side, as the verdict takes it
-        factors.append(texture["limit"] / max(texture["value"], 1 / texture["value"]))
+    # the distance from 1 on either side, as the verdict takes it
+    changes = filter(None, (result.get("texture"), result.get("contrast")))
+    factors += [found["limit"] / max(found["value"], 1 / found["value"]) for found in changes]
     return min(factors) if result["pictures"] == "kept" else max(1 / factor for factor in factors)
 
 
