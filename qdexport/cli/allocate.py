@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from qdexport.cli.console import make_progress, print_json, say
-from qdexport.cli.options import Number, common, overrides_of, target_option
+from qdexport.cli.options import Number, common, overrides_of, ray_option, target_option
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,9 +23,7 @@ _WORST_SHOWN = 5
 
 def _sweep_options(function: _F) -> _F:
     for option in (
-        click.option(
-            "--ray", metavar="ADDRESS", help="Measure on this Ray cluster (auto, host:6379; local starts one)."
-        ),
+        ray_option("Measure on this Ray cluster (auto, host:6379; local starts one)."),
         click.option(
             "--workers", type=click.IntRange(1, 10_000),
             help="Processes on this machine, or on Ray the most tasks at once; default: one per core.",

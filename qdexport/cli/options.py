@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +12,7 @@ import click
 from qdexport.core.gpus import GPUS
 from qdexport.core.target import TARGETS
 from qdexport.core.yaml_text import parse_yaml
-from qdexport.errors import RecipeError
+from qdexport.errors import MissingDependencyError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,10 +114,23 @@ def form_options(function: _F) -> _F:
     return function
 
 
+def ray_option(text: str) -> Callable[[_F], _F]:
+    """``--ray``, refused before any work where the package is missing."""
+
+    def check(_context: click.Context, _option: click.Parameter, address: str | None) -> str | None:
+        if address is not None and importlib.util.find_spec("ray") is None:
+            raise MissingDependencyError(
+                "a Ray cluster needs the package ray: pip install 'qdexport[ray]' (or leave --ray out)"
+            )
+        return address
+
+    return click.option("--ray", metavar="ADDRESS", callback=check, help=text)
+
+
 def worker_options(function: _F) -> _F:
     """``--workers`` and ``--ray``."""
     for option in (
-        click.option("--ray", metavar="ADDRESS", help="Measure sensitivities on a Ray cluster (extra [ray])."),
+        ray_option("Measure sensitivities on a Ray cluster (extra [ray])."),
         click.option(
             "--workers",
             type=click.IntRange(1, 10_000),

@@ -188,7 +188,7 @@ def _connected(address: str) -> Any:
         import ray
     except ImportError as error:
         raise MissingDependencyError(
-            "a Ray cluster needs the package ray: pip install 'qdexport[ray]' (or leave --ray out)"
+            f"the package ray cannot be imported ({error}): pip install 'qdexport[ray]', or leave --ray out"
         ) from error
     try:
         ray.init(

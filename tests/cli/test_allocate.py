@@ -10,6 +10,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from qdexport.cli.main import cli
+from qdexport.errors import MissingDependencyError
 from qdexport.models.tiny import save_tiny_pipeline
 
 FEW = ["conv_in", "mid_block.attentions.0.transformer_blocks.0.ff.*"]
@@ -89,3 +90,15 @@ def test_without_a_target_nothing_is_allocated(model: Path, recipe: Path, tmp_pa
     assert result.exit_code == 2
     assert "bit allocation needs bit_allocation.weight_target" in result.output
     assert "--target-bits" in result.output
+
+
+@pytest.mark.parametrize("verb", ["compile", "quantize", "allocate", "sensitivity"])
+def test_a_cluster_without_its_package_is_refused_before_any_work(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "ray" else object())
+    command = [verb, "shapes", "--ray", "auto", "--out", str(tmp_path / "out")]
+    error = CliRunner().invoke(cli, command, standalone_mode=False).exception
+    assert isinstance(error, MissingDependencyError)
+    assert "pip install 'qdexport[ray]'" in str(error)
+    assert not (tmp_path / "out").exists()
