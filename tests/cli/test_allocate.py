@@ -98,7 +98,7 @@ def test_a_cluster_without_its_package_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name == "ray" else object())
     command = [verb, "shapes", "--ray", "auto", "--out", str(tmp_path / "out")]
-    error = CliRunner().invoke(cli, command, standalone_mode=False).exception
-    assert isinstance(error, MissingDependencyError)
-    assert "pip install 'qdexport[ray]'" in str(error)
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == MissingDependencyError.exit_code
+    assert "pip install 'qdexport[ray]'" in result.output
     assert not (tmp_path / "out").exists()
