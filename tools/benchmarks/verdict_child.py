@@ -97,6 +97,9 @@ def main(spec_path: str) -> None:
         for number, (seed, path) in enumerate(spec["seeds"]):
             progress.tell(doing=f"seed {seed}", images=float(number))
             validation = recipe.validation.model_copy(update={"seed": seed})
+            if spec["compiled"]:  # the other runs judge pictures, and this verdict does not look at any
+                alone = validation.pictures.model_copy(update={"extend": 1})
+                validation = validation.model_copy(update={"images": 2, "pictures": alone})
             model = replace(run.model, recipe=run.model.recipe.model_copy(update={"validation": validation}))
             if spec["compiled"]:
                 validate(model, workspace, progress)

@@ -26,7 +26,8 @@ _INTRODUCTION: Final = """\
 # Verdicts, recipe by recipe
 
 Written by `tools/bench_verdict.py --write-docs`; `verdicts.json` beside it holds every run. Each recipe is calibrated
-once, and validated with up to {seeds} seeds of validation, which choose prompts and noise.
+once, and validated with up to {seeds} seeds of validation, which choose prompts and noise. Whether the network is
+compiled right is asked in runs of its own, with two pictures.
 
 - **kept**: how often the verdict on the pictures was *kept*.
 - **share**: squared error of the pictures as a share of what another seed makes, mean over the seeds; the limit stands
