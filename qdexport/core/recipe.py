@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -16,7 +15,7 @@ from qdexport.core.digests import digest_of
 from qdexport.core.patterns import check_pattern, matches
 from qdexport.core.reading import read_text, reading
 from qdexport.core.spec import Granularity, QuantSpec
-from qdexport.core.yaml_text import YAML_LIMIT, parse_yaml
+from qdexport.core.yaml_text import YAML_LIMIT, line_of, parse_yaml
 from qdexport.errors import RecipeError
 
 __all__ = [
@@ -426,7 +425,7 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
         try:
             return Recipe.model_validate(data)
         except ValidationError as error:
-            raise RecipeError(_explain(source, text, error)) from error
+            raise RecipeError(_explain(source, text, overrides or {}, error)) from error
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
@@ -453,15 +452,15 @@ def _position(item: list[Any], path: list[str], index: int) -> int:
     return int(path[index])
 
 
-def _explain(source: str, text: str, error: ValidationError) -> str:
+def _explain(source: str, text: str, overrides: dict[str, Any], error: ValidationError) -> str:
+    """A line for each problem, which begins with the place of the value: a line of the file, or an override."""
     lines = []
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
         key = path[-1] if path else ""
-        line = next(
-            (i for i, row in enumerate(text.splitlines(), 1) if re.match(rf"\s*-?\s*{re.escape(key)}\s*:", row)), None
-        )
-        where = f"{source}:{line}" if line else source
+        given = any(f"{'.'.join(path)}.".startswith(f"{name}.") for name in overrides)
+        line = line_of(text, problem["loc"])
+        where = "--set" if given else f"{source}:{line}" if line else source
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, _known_keys(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from qdexport.core.reading import reading
 from qdexport.errors import RecipeError
 
-__all__ = ["YAML_LIMIT", "parse_yaml"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["YAML_LIMIT", "line_of", "parse_yaml"]
 
 YAML_LIMIT = 4_000_000  # bytes; the widths of 20,000 layers have half
 _MOST_VALUES = 200_000
@@ -46,6 +49,31 @@ def parse_yaml(text: str, source: str) -> Any:
             mark = error.problem_mark or error.context_mark
             where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
             raise ValueError(f"{where}{error.problem or error.context}") from error
+
+
+def line_of(text: str, path: Sequence[str | int]) -> int | None:
+    """The line, counted from 1, of a value in a YAML text that :func:`parse_yaml` took.
+
+    Args:
+        text: the YAML.
+        path: keys and positions from the root; of what is not there the last that is counts.
+
+    Returns:
+        The line of the key, or of the entry of a list; None when not even the first is there.
+    """
+    node, line = yaml.compose(text, Loader=_Loader), None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = [(node.value[part], node.value[part])]
+        else:
+            break
+        if not found:
+            break
+        key, node = found[-1]  # of a key that stands twice the last counts
+        line = key.start_mark.line + 1
+    return line
 
 
 def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:

@@ -101,6 +101,20 @@ def test_unknown_keys_name_the_line_and_the_nearest_key(written, text: str, mess
     refused(written(text), message)
 
 
+def test_the_line_is_that_of_the_value_and_not_of_the_first_key_of_its_name(written) -> None:
+    """`bits` stands four times; the third is wrong. A rule that lacks a key is named by the line where it begins."""
+    second = "  - match: '*out*'\n    weight:\n      bits: 12\n    activation: {bits: 8}\n  - weight: {bits: 8}\n"
+    message = refused(written(MINIMAL + second), "bits")
+    lines = (MINIMAL + second).splitlines()
+    assert f"r.yaml:{lines.index('      bits: 12') + 1}: rules.1.weight.bits: Input should be" in message
+    assert f"r.yaml:{len(lines)}: rules.2.match: Field required" in message
+
+
+def test_what_an_override_set_is_named_by_it(written) -> None:
+    message = refused(written(MINIMAL + "calibration:\n  prompts: 3\n"), "prompts", {"calibration.prompts": 0})
+    assert message.startswith("--set: calibration.prompts: Input should be")
+
+
 def test_all_problems_are_told_at_once(written) -> None:
     message = refused(written(MINIMAL + "calibration:\n  prompts: 0\n  sed: 1\nbody: int8\n"), "prompts")
     assert len(message.splitlines()) == 3
