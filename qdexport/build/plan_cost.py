@@ -23,6 +23,7 @@ from qdexport.build.plan import (
     quantizes_only,
     weight_order,
 )
+from qdexport.core.precision import BYTES
 from qdexport.errors import BuildError
 
 if TYPE_CHECKING:
@@ -33,19 +34,6 @@ __all__ = ["KernelCost", "KernelRole", "PlanCost", "plan_cost"]
 
 KernelRole = Literal["convolution", "product", "attention", "quantize", "widen", "pointwise", "copy"]
 
-_BYTES = {
-    "int4": 0.5,
-    "nvfp4": 0.5,
-    "int8": 1.0,
-    "uint8": 1.0,
-    "bool": 1.0,
-    "fp8": 1.0,
-    "fp16": 2.0,
-    "bf16": 2.0,
-    "fp32": 4.0,
-    "int32": 4.0,
-    "int64": 8.0,
-}
 _CONVOLUTIONS = frozenset({"correlation", "deconv", "CaskConvolution", "CaskConvActPool", "CaskDeconvolution"})
 _COPIES = frozenset({"copy", "memset"})
 _NO_KERNELS = frozenset({"signal", "wait", "cjmp"})
@@ -209,8 +197,8 @@ def _role(kernel: KernelFact, inputs: Sequence[PlanTensor], outputs: Sequence[Pl
     if quantizes_only(kernel):
         return "quantize"
     if inputs and all(tensor.constant for tensor in inputs):
-        codes = [_BYTES[tensor.dtype] for tensor in inputs if tensor.dtype in _NARROW_WEIGHTS]
-        if codes and all(_BYTES.get(tensor.dtype, 0.0) > min(codes) for tensor in outputs):
+        codes = [BYTES[tensor.dtype] for tensor in inputs if tensor.dtype in _NARROW_WEIGHTS]
+        if codes and all(BYTES.get(tensor.dtype, 0.0) > min(codes) for tensor in outputs):
             return "widen"
     return "pointwise"
 
@@ -258,7 +246,7 @@ def _distinct(tensors: Sequence[PlanTensor], frozen: set[str], *, fused: bool) -
 
 
 def _bytes(tensor: PlanTensor) -> float:
-    size = _BYTES.get(tensor.dtype)
+    size = BYTES.get(tensor.dtype)
     if size is None:
         raise BuildError(f"the kernel plan has a tensor of an unknown type: {tensor}")
     if any(dim < 0 for dim in tensor.dims):

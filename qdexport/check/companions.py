@@ -28,9 +28,10 @@ from qdexport.check.calls import row_chunks
 from qdexport.check.exact import in_float32
 from qdexport.check.measure import WORST_DB, sqnr_db
 from qdexport.check.noise_floor import rounding
-from qdexport.check.peaks import LARGEST, Peaks
+from qdexport.check.peaks import Peaks
 from qdexport.check.session import REFERENCE, ort_errors, reference_session
 from qdexport.core.companion_facts import CompanionFacts
+from qdexport.core.precision import LARGEST
 from qdexport.core.results import CompanionParity, WholePipeline
 from qdexport.errors import ParityError
 from qdexport.models.companions import Companion

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from qdexport.build.plan_cost import plan_cost
 from qdexport.core.gpus import GPUS, Gpu
+from qdexport.core.precision import BYTES
 from qdexport.core.results import Cost, CostSide
 from qdexport.errors import BuildError, RecipeError
 from qdexport.quant.layer_groups import layer_shapes
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["cost_of"]
 
-_BYTES: Final = {"int4": 0.5, "nvfp4": 0.5, "int8": 1.0, "fp8": 1.0, "fp16": 2.0, "fp32": 4.0}
 _NARROW: Final = frozenset({"int4", "nvfp4", "int8", "fp8"})
 _SCALE_BYTES: Final = 4  # one FP32 number for each output channel
 _USUAL: Final = "rtx-4090"
@@ -52,10 +52,10 @@ def cost_of(
     types = {name: coverage.planned[parts[name]] for name in shapes}
     stored = {name: item.planned for name, item in coverage.storage.items()}
     gpu = _card(capabilities, set(types.values()))
-    body = _BYTES[model.body]
+    body = BYTES[model.body]
     return Cost(
         gpu=gpu.name,
-        fp16=_side(shapes, dict.fromkeys(shapes, "fp16"), {}, gpu, _BYTES["fp16"]),
+        fp16=_side(shapes, dict.fromkeys(shapes, "fp16"), {}, gpu, BYTES["fp16"]),
         quantized=_side(shapes, types, stored, gpu, body),
         plan=_planned(plan, gpu),
     )
@@ -75,10 +75,10 @@ def _side(
     weight_bytes = moved_bytes = seconds = 0.0
     for name, shape in shapes.items():
         kind = types[name]
-        weight = shape.weights * _BYTES[stored.get(name, kind)]
+        weight = shape.weights * BYTES[stored.get(name, kind)]
         if stored.get(name, kind) in _NARROW:
             weight += shape.channels * _SCALE_BYTES
-        read = _BYTES["int8" if kind == "int4" else kind]  # 4-bit weights meet 8-bit codes
+        read = BYTES["int8" if kind == "int4" else kind]  # 4-bit weights meet 8-bit codes
         moved = shape.inputs * read + weight + shape.outputs * body
         weight_bytes, moved_bytes = weight_bytes + weight, moved_bytes + moved
         seconds += max(2.0 * shape.macs / gpu.rate(kind), moved / gpu.bandwidth)

@@ -10,7 +10,8 @@ import torch
 from qdexport.check.calls import first_call
 from qdexport.check.companions import exact_function
 from qdexport.check.exact import exact_call
-from qdexport.check.peaks import LARGEST, Peaks
+from qdexport.check.peaks import Peaks
+from qdexport.core.precision import LARGEST
 from qdexport.errors import ModelError
 from qdexport.models.companions import Companion, example_companion_inputs
 from qdexport.models.denoiser_io import io_spec

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from qdexport.check.calls import fit_inputs
 from qdexport.check.exact import exact_call, exact_predictions
 from qdexport.check.measure import WORST_DB, flip_rate
-from qdexport.check.peaks import LARGEST
 from qdexport.check.runs import Feed, compare_with_onnx
 from qdexport.core.carrier import carrier_offset
 from qdexport.core.io_spec import IoSpec
+from qdexport.core.precision import LARGEST
 from qdexport.core.results import LayerParity
 from qdexport.core.spec import LayerPlan
 from qdexport.emit.inspect import load_onnx

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LARGEST", "Peaks"]
+from qdexport.core.precision import LARGEST
+from qdexport.models.torch_types import torch_dtype
 
-LARGEST: Final = {"fp16": 65504.0, "fp32": float(torch.finfo(torch.float32).max)}
-_DTYPES: Final = {"fp16": torch.float16, "fp32": torch.float32}
+__all__ = ["Peaks"]
+
 
 
 class Peaks:
@@ -27,7 +28,7 @@ class Peaks:
     """
 
     def __init__(self, network: nn.Module, body: str) -> None:
-        self._network, self._dtype = network, _DTYPES[body]
+        self._network, self._dtype = network, torch_dtype(body)
         self._peaks: dict[str, float] = {}
         self._large: list[tuple[str, float]] = []  # in the order in which they were seen; a module may run twice
         self._wide: set[str] = set()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["carrier_offset"]
+from qdexport.core.precision import INT8_MAX, INT8_MIN
 
-_INT8_MIN, _INT8_MAX = -128, 127
+__all__ = ["carrier_offset"]
 
 
 def carrier_offset(qmin: int, qmax: int, zero_points: np.ndarray) -> int | None:
@@ -21,6 +21,6 @@ def carrier_offset(qmin: int, qmax: int, zero_points: np.ndarray) -> int | None:
         None if ``qmin - z >= -128`` and ``qmax - z <= 127`` for every row (widths up to 7 always do); else the offset
         that centres the codes, 128 for unsigned 8-bit.
     """
-    if bool(np.all(qmin - zero_points >= _INT8_MIN) and np.all(qmax - zero_points <= _INT8_MAX)):
+    if bool(np.all(qmin - zero_points >= INT8_MIN) and np.all(qmax - zero_points <= INT8_MAX)):
         return None
-    return qmin - _INT8_MIN
+    return qmin - INT8_MIN

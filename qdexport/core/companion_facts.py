@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict
 
 from qdexport.core.io_spec import IoSpec
+from qdexport.core.precision import Body
 from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 
@@ -51,7 +52,7 @@ class CompanionFacts(BaseModel):
     class_name: str
     model: str
     target: str
-    body: Literal["fp32", "fp16"]
+    body: Body
     why_body: str
     io: IoSpec
     usage: str
@@ -63,7 +64,7 @@ class CompanionFacts(BaseModel):
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 
-    def body_of(self, layer: str) -> Literal["fp32", "fp16"]:
+    def body_of(self, layer: str) -> Body:
         """The type that a layer computes in, by its module path."""
         return "fp32" if layer.rpartition(".")[2] in self.wide_modules else self.body
 

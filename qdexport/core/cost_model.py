@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from qdexport.core.bit_plan import FLOAT_BITS, check_width
 from qdexport.core.gpus import Gpu, gpu_named
+from qdexport.core.precision import LayerKind
 from qdexport.core.target import Target
 from qdexport.errors import RecipeError
 
@@ -40,7 +40,7 @@ class LayerShape:
     """
 
     name: str
-    kind: Literal["conv", "linear"]
+    kind: LayerKind
     macs: int
     weights: int
     channels: int

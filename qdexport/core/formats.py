@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
 
+from qdexport.core.precision import LayerKind
 from qdexport.core.recipe import Recipe
 from qdexport.core.spec import Granularity, LayerPlan, QuantSpec
 from qdexport.core.target import TARGETS, Target
@@ -14,7 +14,6 @@ from qdexport.errors import RecipeError
 
 __all__ = ["Format", "Support", "capabilities_for", "check_formats", "format_of", "formats_table", "support"]
 
-LayerKind = Literal["conv", "linear"]
 _INT4_BITS = 4
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from qdexport.core.companion_facts import CompanionName
 from qdexport.core.digests import digest_of
 from qdexport.core.patterns import check_pattern, matches
+from qdexport.core.precision import LayerKind
 from qdexport.core.reading import read_text, reading
 from qdexport.core.spec import Granularity, QuantSpec
 from qdexport.core.yaml_text import YAML_LIMIT, line_of, parse_yaml
@@ -79,7 +80,7 @@ class Rule(_Matching):
     """
 
     match: str | tuple[str, ...]
-    kinds: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
+    kinds: tuple[LayerKind, ...] = ("conv", "linear")
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
 
@@ -126,7 +127,7 @@ class ChannelScale(_Matching):
     the groups weighted by ``p_t[j]``, cut off at ``max_ratio``.
     """
 
-    kinds: tuple[Literal["conv", "linear"], ...] = ("conv",)
+    kinds: tuple[LayerKind, ...] = ("conv",)
     groups: _Count = Field(default=5, description="equal stretches of the schedule that statistics are taken over")
     max_ratio: float = Field(default=10.0, gt=1, description="where r is cut off; a layer may get less (choose_ratio)")
     choose_ratio: bool = Field(

@@ -8,6 +8,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qdexport.core.precision import LayerKind
+
 __all__ = [
     "BLOCK_SIZES",
     "NVFP4_BLOCK",
@@ -128,7 +130,7 @@ class LayerPlan:
     """
 
     name: str
-    kind: Literal["conv", "linear"]
+    kind: LayerKind
     weight: QuantSpec | None
     activation: QuantSpec | None
     folded: bool = False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qdexport.core.layer_names import node_names
+from qdexport.core.precision import ONNX
 from qdexport.emit.inspect import load_onnx
 from qdexport.graph.query import COMPUTE_OPS, const_or_none
 
@@ -26,7 +27,7 @@ _NAMES = {
     ir.DataType.FLOAT8E4M3FN: "fp8",
     ir.DataType.FLOAT4E2M1: "nvfp4",
 }
-_FLOATS = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+_FLOATS = {ir.DataType[onnx]: name for name, onnx in ONNX.items()}
 
 
 def onnx_coverage(path: Path, layers: Iterable[LayerPlan]) -> dict[str, str]:

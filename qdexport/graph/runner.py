@@ -7,11 +7,12 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import onnx_ir as ir
 
 from qdexport.core.forms import Choice, FormTable, Signature, shipped_forms
+from qdexport.core.precision import Body
 from qdexport.core.replace import NEW
 from qdexport.core.writing import output_errors
 from qdexport.errors import GraphPassError, QdExportError
@@ -50,7 +51,7 @@ class PassContext:
     """
 
     target: Target
-    body: Literal["fp32", "fp16"]
+    body: Body
     io: IoSpec
     layers: tuple[LayerPlan, ...]
     timesteps: tuple[float, ...] | None

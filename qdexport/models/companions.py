@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from qdexport.core.companion_facts import COMPANION_NAMES, CompanionFacts, CompanionName
 from qdexport.core.io_spec import Dim, IoSpec, TensorSpec
+from qdexport.core.precision import Body
 from qdexport.core.recipe import Companions, Shapes
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_io import latent_dims
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.loaded import LoadedModel
 from qdexport.models.text_encoders import encoder_facts, text_encoder, why_no_encoder, wide_modules
+from qdexport.models.torch_types import torch_dtype
 from qdexport.models.weights import check_weights, find_weights, read_json, variants_in
 
 __all__ = [
@@ -48,10 +50,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Body = Literal["fp32", "fp16"]
 ASKED: Final = "companions.body of the recipe"  # why a network has its body, where a recipe says it
 NETWORK: Final = "network"  # where a Companion's module holds the network itself
-_DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16}
 _COMPONENTS: Final[dict[CompanionName, str]] = {
     "text_encoder": "text_encoder",
     "text_encoder_2": "text_encoder_2",
@@ -186,7 +186,7 @@ def load_companion(folder: Path, facts: CompanionFacts, variant: str | None = No
             network, info = _class(facts.class_name).from_pretrained(
                 part,
                 variant=variant,
-                dtype=_DTYPES[facts.body],
+                dtype=torch_dtype(facts.body),
                 use_safetensors=not weights.pickled,
                 low_cpu_mem_usage=True,
                 local_files_only=True,
@@ -208,7 +208,7 @@ def companion_of(network: nn.Module, facts: CompanionFacts) -> Companion:
     for path, part in network.named_modules():
         if path.rpartition(".")[2] in facts.wide_modules:
             part.float()
-    dtypes = (_DTYPES[facts.body], getattr(torch, facts.io.outputs[0].dtype))
+    dtypes = (torch_dtype(facts.body), getattr(torch, facts.io.outputs[0].dtype))
     if facts.network == "vae_decoder":
         module: nn.Module = _VaeDecoder(network, *dtypes)
     else:

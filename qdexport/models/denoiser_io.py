@@ -18,6 +18,7 @@ from typing import Any, Final
 from torch import nn
 
 from qdexport.core.io_spec import Dim, IoSpec, Profile, TensorSpec
+from qdexport.core.precision import BODIES, NUMPY
 from qdexport.core.recipe import Shapes
 from qdexport.errors import ModelError, RecipeError
 from qdexport.models.denoiser_calls import call_denoiser, example_inputs, named_inputs
@@ -58,7 +59,6 @@ __all__ = [
     "sized",
 ]
 
-_BODY_DTYPES: Final = {"fp32": "float32", "fp16": "float16"}
 _DEFAULT_TOKENS: Final = 77  # every CLIP text encoder
 _MOST_TOKENS: Final = 1_000_000
 _FLUX_SIZE: Final = 128  # of the latent, 1024 pixels: its config does not say
@@ -103,10 +103,10 @@ def io_spec(model: LoadedModel | nn.Module, shapes: Shapes, body: str, *, fracti
             its range, a size is neither in the recipe nor in the model's config, or the denoiser takes no residuals
             (`shapes.controlnet`).
     """
-    if body not in _BODY_DTYPES:
-        raise RecipeError(f"no body type {body!r}; use {' or '.join(_BODY_DTYPES)}")
+    if body not in BODIES:
+        raise RecipeError(f"no body type {body!r}; use {' or '.join(BODIES)}")
     denoiser = model.denoiser if isinstance(model, LoadedModel) else model
-    config, dtype = config_of(denoiser), _BODY_DTYPES[body]
+    config, dtype = config_of(denoiser), NUMPY[body]
     ranges, profiles = _ranges(model, denoiser, shapes)
     batch, height, width = (ranges[name] for name in ("batch", "height", "width"))
     check_size(denoiser, height, width)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qdexport.core.paths import below, why_unsafe
+from qdexport.core.precision import NUMPY
 from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_classes import (
@@ -33,6 +34,7 @@ from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.limits import check_construction, check_numbers
 from qdexport.models.loaded import LoadedModel, SamplingDefaults, WeightsDtype
 from qdexport.models.source import UNUSED_COMPONENTS, resolve_source
+from qdexport.models.torch_types import torch_dtype
 from qdexport.models.weights import (
     WeightFiles,
     check_weights,
@@ -47,11 +49,7 @@ __all__ = ["LoadedModel", "SamplingDefaults", "load_model", "loaded_from_denoise
 
 logger = logging.getLogger(__name__)
 
-_DTYPES: Final[dict[str, torch.dtype]] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
+_DTYPES: Final[dict[str, torch.dtype]] = {name: torch_dtype(name) for name in NUMPY}
 _REMEDY: Final = "mend its configuration, or download the model again"
 _FEW_STEP_SCHEDULERS: Final = ("LCMScheduler", "TCDScheduler")
 _NO_WEIGHTS: Final = ("Tokenizer", "Processor", "FeatureExtractor", "Scheduler")

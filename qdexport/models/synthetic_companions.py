@@ -16,6 +16,7 @@ from qdexport.models.denoiser_classes import FLUX, TRANSFORMERS, family_of
 from qdexport.models.denoiser_io import io_spec
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
 from qdexport.models.synthetic import empty_unet, fill_randomly
+from qdexport.models.torch_types import torch_dtype
 
 __all__ = ["COMPANION_CONFIGS", "random_companion"]
 
@@ -166,7 +167,7 @@ def random_companion(name: str, target: str, shapes: Shapes | None = None, seed:
     loaded = _around(chosen, network, name)
     io = io_spec(loaded, shapes or Shapes(), "fp16")
     facts = companion_facts(loaded, chosen.network, io, "auto", target, shapes or Shapes())
-    made = fill_randomly(network, {"fp16": torch.float16, "fp32": torch.float32}[facts.body], seed)
+    made = fill_randomly(network, torch_dtype(facts.body), seed)
     if chosen.network != "vae_decoder":
         cast("Any", made).tie_weights()  # which allocating them has separated
     for key, buffer in made.named_buffers():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qdexport.core.io_spec import IoSpec
+from qdexport.core.precision import LayerKind
 from qdexport.core.reading import reading
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_io import call_denoiser
@@ -49,7 +50,7 @@ class LayerTrace:
     """
 
     name: str
-    kind: Literal["conv", "linear"]
+    kind: LayerKind
     macs: int
     calls: int
     sources: frozenset[str]

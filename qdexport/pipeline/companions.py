@@ -21,6 +21,7 @@ from qdexport.check.half_range import why_not_half
 from qdexport.check.onnx_denoiser import OnnxDenoiser
 from qdexport.core.companion_facts import COMPANION_NAMES, CompanionFacts
 from qdexport.core.digests import digest_of, tree_sha256
+from qdexport.core.precision import ONNX
 from qdexport.core.results import CompanionResult, Plan
 from qdexport.emit.facts import read_companion_facts, read_network_facts
 from qdexport.emit.inspect import onnx_facts
@@ -60,7 +61,7 @@ __all__ = ["CompanionStages", "audited_layers", "lower_companion"]
 logger = logging.getLogger(__name__)
 
 _IMAGES = 4
-_PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16"}
+_PRECISIONS = {onnx: name for name, onnx in ONNX.items()}
 
 
 def lower_companion(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from qdexport.core.precision import BYTES
 from qdexport.core.timesteps import distinct, equal_reach, whole_step
 from qdexport.errors import RecipeError
 from qdexport.models.schedules import timestep_rounding
@@ -18,7 +19,6 @@ __all__ = ["SMALL_SHARE", "SMALL_TABLE", "has_fractional_steps", "time_rows", "t
 # GPU that runs a diffusion model has to spare, or up to a tenth of the weights at a byte each.
 SMALL_TABLE: Final = 32 << 20
 SMALL_SHARE: Final = 0.1
-_BYTES: Final = {"fp32": 4, "fp16": 2}
 
 
 def has_fractional_steps(model: QuantizedModel) -> bool:
@@ -74,7 +74,7 @@ def _wants_all(model: QuantizedModel, columns: int | None) -> bool:
     low, high = timestep_bounds(model, fractions=True)
     if low < 0 or high > training_steps_of(model.loaded):
         return False  # the model's timesteps are on another scale (EDM: logarithms of noise levels)
-    size = training_steps_of(model.loaded) * (columns or 0) * _BYTES[model.body]
+    size = training_steps_of(model.loaded) * (columns or 0) * BYTES[model.body]
     weights = sum(parameter.numel() for parameter in model.loaded.denoiser.parameters())
     return size <= max(SMALL_TABLE, SMALL_SHARE * weights)
 

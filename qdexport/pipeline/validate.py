@@ -23,6 +23,7 @@ from qdexport.check.shapes import calls_at_shapes, shape_parity
 from qdexport.check.verdict import judge
 from qdexport.check.whole import whole_network
 from qdexport.core.files import atomic_dir
+from qdexport.core.precision import BYTES
 from qdexport.core.results import Coverage, Plan, ScaleRow, WeightStorage
 from qdexport.core.spec import Granularity, layer_precision, weight_storage
 from qdexport.core.target import target_named
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 
 __all__ = ["validate"]
 
-_BODY_BITS = {"fp16": 16, "fp32": 32}
 
 
 def validate(
@@ -115,7 +115,7 @@ def coverage_of(model: QuantizedModel, onnx_path: Path, plan: Plan | None, *, in
         engine=compiled or {},
         storage=storage,
         bits={
-            part: [layer.weight.bits, _BODY_BITS[model.body] if layer.activation is None else layer.activation.bits]
+            part: [layer.weight.bits, int(8 * BYTES[model.body]) if layer.activation is None else layer.activation.bits]
             for layer in model.plans
             for part in layer.parts
             if layer.weight is not None

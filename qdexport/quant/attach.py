@@ -6,17 +6,19 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qdexport.core.precision import Body
 from qdexport.core.recipe import Recipe
 from qdexport.core.spec import Granularity, LayerPlan, QuantSpec
 from qdexport.errors import ModelError
 from qdexport.models.denoiser_calls import FLUX_UNIT
 from qdexport.models.denoiser_classes import FLUX, family_of
 from qdexport.models.loaded import LoadedModel
+from qdexport.models.torch_types import torch_dtype
 from qdexport.quant.affine import parameters_from_range
 from qdexport.quant.bos import Bos
 from qdexport.quant.calibrate import schedule_timesteps
@@ -38,7 +40,6 @@ from qdexport.quant.search import weight_range
 from qdexport.quant.softmax import SoftmaxParameters, SoftmaxQuantizer, install_softmax
 
 __all__ = [
-    "BODY_DTYPES",
     "Body",
     "QuantParameters",
     "QuantizedModel",
@@ -54,8 +55,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Body = Literal["fp32", "fp16"]
-BODY_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 _SMALLEST_HALF = 2.0**-24
 _PLAIN_FORWARDS = (nn.Conv2d.forward, nn.Linear.forward)
 
@@ -141,7 +140,7 @@ def quantize_model(
     body = _body_of(loaded, recipe)
     if recipe.allow_re_rounding:
         plans = merge_weight_scales(loaded.denoiser, plans)
-    denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == body else BODY_DTYPES[body])
+    denoiser = shared_copy(loaded.denoiser, None if loaded.weights_dtype == body else torch_dtype(body))
     context = attach(denoiser, plans, ranges, training_steps_of(loaded))
     return QuantizedModel(
         loaded=loaded,

@@ -51,10 +51,10 @@ from qdexport.errors import ModelError, OutputError
 from qdexport.models.library_logs import quiet_libraries
 from qdexport.models.load import load_model
 from qdexport.models.loaded import LoadedModel, SamplingDefaults
+from qdexport.models.torch_types import torch_dtype
 from qdexport.models.weights import open_safetensors
 from qdexport.quant.affine import block_scales
 from qdexport.quant.attach import (
-    BODY_DTYPES,
     Body,
     QuantizedModel,
     QuantParameters,
@@ -153,7 +153,7 @@ def load_quantized(folder: Path, *, loaded: LoadedModel | None = None) -> Quanti
     with reading(path, ModelError, "quantize the model again", what="does not fit its model"):
         parameters = _read_parameters(path, facts)
         _check_encoder(folder, loaded, parameters.bos)
-        body = None if loaded.weights_dtype == facts.body else BODY_DTYPES[facts.body]
+        body = None if loaded.weights_dtype == facts.body else torch_dtype(facts.body)
         denoiser = shared_copy(loaded.denoiser, body)
         context = install(denoiser, facts.plans, parameters, training_steps_of(loaded))
         _verify_codes(path, denoiser, facts.plans)
@@ -300,7 +300,7 @@ def _load_floating_point(folder: Path, facts: CheckpointFacts) -> LoadedModel:
             "give the model to load_quantized"
         )
     if facts.weights_in is None:
-        loaded = load_model(folder, torch_dtype=BODY_DTYPES[facts.body])
+        loaded = load_model(folder, torch_dtype=torch_dtype(facts.body))
     elif Path(facts.weights_in).is_dir():
         loaded = load_model(Path(facts.weights_in))
     else:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qdexport.core.precision import LayerKind
 from qdexport.core.spec import QuantSpec
 from qdexport.errors import ModelError
 from qdexport.quant.ops import NO_AXIS, fake_quantize
@@ -204,7 +205,7 @@ class ChannelScale(nn.Module):
     ratio: Tensor
     inverse: Tensor
 
-    def __init__(self, ratio: Tensor, kind: Literal["conv", "linear"]) -> None:
+    def __init__(self, ratio: Tensor, kind: LayerKind) -> None:
         super().__init__()
         shape = (1, -1, 1, 1) if kind == "conv" else (-1,)
         self.register_buffer("ratio", ratio.float().reshape(shape), persistent=False)

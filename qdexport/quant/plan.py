@@ -7,10 +7,10 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 from torch import nn
 
+from qdexport.core.precision import LayerKind
 from qdexport.core.recipe import ChannelScale, Recipe, Rule
 from qdexport.core.spec import Granularity, LayerPlan
 from qdexport.errors import RecipeError
@@ -29,7 +29,6 @@ __all__ = ["activation_keys", "average_weight_bits", "macs_share", "merge_weight
 
 logger = logging.getLogger(__name__)
 
-LayerKind = Literal["conv", "linear"]
 
 IDLE = "does not run"
 _FP_BITS = 16
