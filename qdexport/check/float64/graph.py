@@ -152,15 +152,19 @@ def unrounded_scales(model: ir.Model) -> dict[ir.Value, Tensor]:
             continue
         for value in half:
             right = _number(value) * (exact / stored) ** (1 / len(half))
-            if _number(value) in _roundings(right):
+            if _number(value) in _roundings(exact, len(half)):
                 found[value] = torch.full([int(str(size)) for size in value.shape or ()], right, dtype=torch.float64)
     return found
 
 
-def _roundings(scale: float) -> tuple[float, float]:
-    """A number in FP16, and the product in FP16 of its two equal factors (pass plain-attention)."""
-    factor = np.float16(math.sqrt(scale))
-    return float(np.float16(scale)), float(factor * factor)
+def _roundings(exact: float, count: int) -> set[float]:
+    """What each of so many FP16 constants may be whose product is ``exact``.
+
+    It is the number itself, or its square root on either side (PyTorch's exporter takes it of the number or of its
+    rounding), or the two multiplied again in FP16 (pass plain-attention).
+    """
+    roots = {np.float16(math.sqrt(number)) for number in (exact, float(np.float16(exact)))}
+    return {float(np.float16(exact)), *(float(root * root) for root in roots)} if count == 1 else set(map(float, roots))
 
 
 def _number(value: ir.Value) -> float:

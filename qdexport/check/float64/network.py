@@ -177,18 +177,21 @@ class Float64Network:
             ParityError: an operator of the file cannot be executed.
         """
         self._equal, self._forced, self._done, self._label = {}, set(), set(), label
-        self.run.start(float64_inputs(inputs))
-        for pairing in self.pairings:
-            self._force_conditions(pairing, inputs)
+        wide = float64_inputs(inputs)
+        self.run.start(wide)
+        conditions = [item for pairing in self.pairings for item in self._conditions(pairing, wide)]
+        self.run.start(wide)  # layers that lie before a condition have been executed on what the file makes itself
+        for value, expected in conditions:
+            self.run.force(value, expected)
+            self._forced.add(value)
         with self._watched():
             prediction = call_in_float64(self._model.denoiser, inputs)
         for output in self.run.outputs[:1]:
             self._compare(_OUTPUT, "output", output, prediction)
         self.run.start({})
 
-    def _force_conditions(self, pairing: Pairing, inputs: Mapping[str, Tensor]) -> None:
-        """Lets the file read what PyTorch makes of the timestep: what they may differ by is compared apart."""
-        wide = float64_inputs(inputs)
+    def _conditions(self, pairing: Pairing, wide: Mapping[str, Tensor]) -> Iterator[tuple[ir.Value, Tensor]]:
+        """What PyTorch makes of the timestep, for the file to read: what they may differ by is compared apart."""
         leaves = pairing.condition.values({name: wide[name] for name in pairing.condition.names})
         for value, fit in pairing.expected(leaves):
             found = self.run.value(value)
@@ -197,8 +200,7 @@ class Float64Network:
             roundings = stored_roundings(value, scaled=pairing.values[value][1] is not None)
             apart = distance(expected, found, roundings)
             self._note(reader, "condition", apart, value, self.tolerances.early)
-            self.run.force(value, expected)
-            self._forced.add(value)
+            yield value, expected
         self._forced.update(pairing.guards)  # 0, or NaN, which shows wherever it enters
 
     @contextlib.contextmanager
