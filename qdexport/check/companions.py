@@ -3,7 +3,8 @@
 The truth is the network in FP32 with the weights of the file. Beside the ONNX file's distance from it stands the noise
 floor, the distance of the PyTorch network whose every operator rounds its output stochastically (up or down, so that
 the mean is exact) to the type of the body. Rounding to nearest has half the variance of that, so a right file is some
-3 dB better than its floor, less what the order of operators costs.
+3 dB better than its floor, less what the order of operators costs. In float64, where nothing is rounded, file and
+network are one function, module by module: what rounding would hide is found there, and named.
 
 The whole pipeline is held against the same pipeline whose text encoders and VAE decoder are the FP32 ones: the denoiser
 is the ONNX file on both sides, which was judged apart. The floor is again the images of rounding networks. A rounding
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from qdexport.check.calls import row_chunks
 from qdexport.check.exact import in_float32
+from qdexport.check.float64.companion import companion_differences
 from qdexport.check.measure import WORST_DB, sqnr_db
 from qdexport.check.noise_floor import rounding
 from qdexport.check.peaks import Peaks
@@ -49,6 +51,7 @@ _FLOOR_MARGIN_DB: Final = 1.0
 _IMAGES_MARGIN_DB: Final = 6.0
 _PEAK: Final = 2.0  # images lie in [-1, 1]
 _TRIALS: Final = 3
+_NAMED: Final = 3
 
 
 class OnnxCompanion:
@@ -149,7 +152,7 @@ def try_pipeline(
 def companion_parity(
     companion: Companion, file: OnnxCompanion, calls: Sequence[Call], most: int = 8
 ) -> CompanionParity:
-    """One network's ONNX file against PyTorch, on calls of a sampling run.
+    """One network's ONNX file against PyTorch, on calls of a sampling run; the first row of them in float64, too.
 
     Args:
         companion: the network.
@@ -174,13 +177,16 @@ def companion_parity(
             floors.append(sqnr_db(_array(truth[name]), _array(noisy[name])))
     medians = [(statistics.median(ours), statistics.median(floors)) for ours, floors in distances.values()]
     sqnr, floor = min(medians, key=lambda pair: pair[0] - pair[1] if math.isfinite(pair[0]) else math.inf)
-    reasons = _reasons(companion.facts, sqnr, floor, peak)
+    first, _ = next(iter(row_chunks(_typed(rows[0], companion.facts), companion.facts.io)))
+    differences, note = companion_differences(companion, file.path, first)
+    reasons = [*differences[:_NAMED], *_reasons(companion.facts, sqnr, floor, peak)]
     return CompanionParity(
         reference=REFERENCE,
         calls=len(rows),
         sqnr_db=sqnr,
         noise_floor_db=floor,
         largest_activation=peak.value,
+        float64_left_out=note,
         verdict="fail" if reasons else "pass",
         reasons=reasons,
     )

@@ -413,13 +413,17 @@ class EngineFacts(_Record):
 
 
 class CompanionParity(_Record):
-    """A network beside the denoiser: ONNX against PyTorch in FP32 on inputs of a sampling run, beside the floor."""
+    """A network beside the denoiser: ONNX against PyTorch in FP32 on inputs of a sampling run, beside the floor.
+
+    ``float64_left_out`` says why the two were not compared in float64; empty where they were.
+    """
 
     reference: str
     calls: int
     sqnr_db: Decibel
     noise_floor_db: Decibel
     largest_activation: float
+    float64_left_out: str = ""
     verdict: Literal["pass", "fail"]
     reasons: list[str] = Field(default_factory=list)
 

@@ -17,9 +17,12 @@ from qdexport.check.float64.ops import execute
 from qdexport.errors import ParityError
 from qdexport.graph.query import only_consumer, value_name
 
-__all__ = ["SCALE_ROUNDINGS", "Float64Graph", "attention_scales", "unrounded_scales"]
+__all__ = ["SCALE_ROUNDINGS", "Float64Graph", "attention_scales", "unrounded_numbers"]
 
 SCALE_ROUNDINGS: Final = 2.0**-9  # of several factors that were rounded to FP16
+# of activations that are written out: GELU's in both forms and CLIP's, which PyTorch multiplies by unrounded
+_ACTIVATIONS: Final = (1.702, 0.044715, (2 / math.pi) ** 0.5, 0.5**0.5, 2**0.5)
+_NUMBERS: Final = {float(np.float16(number)): number for number in _ACTIVATIONS}
 _CACHED_ELEMENTS: Final = 1 << 16  # smaller constants are converted once
 
 
@@ -33,7 +36,7 @@ class Float64Graph:
         model: an emitted graph; nothing in it is changed.
         keep: values that will be asked for, even behind those that read them.
         unrounded: constants that are executed with other numbers than those of the file, which are roundings of them;
-            those of :func:`unrounded_scales` where nothing is said.
+            those of :func:`unrounded_numbers` where nothing is said.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Float64Graph:
         self._values: dict[ir.Value, Tensor] = {}
         self._constants: dict[ir.Value, Tensor] = {}
         self.outputs = list(model.graph.outputs)
-        self._constants.update(unrounded_scales(model) if unrounded is None else unrounded)
+        self._constants.update(unrounded_numbers(model) if unrounded is None else unrounded)
 
     def start(self, inputs: Mapping[str, Tensor], narrow: str = "timestep") -> None:
         """Begins a call; inputs that the graph does not read are left out."""
@@ -140,7 +143,26 @@ def attention_scales(model: ir.Model) -> Iterator[tuple[ir.Node, float, float, l
             yield node, depth**-0.5, math.prod(_number(value) for value in constants), constants
 
 
-def unrounded_scales(model: ir.Model) -> dict[ir.Value, Tensor]:
+def unrounded_numbers(model: ir.Model) -> dict[ir.Value, Tensor]:
+    """Numbers in FP16 as PyTorch has them, which multiplies by what is not rounded: factors of attention and GELU."""
+    return {**_activation_numbers(model), **_unrounded_scales(model)}
+
+
+def _activation_numbers(model: ir.Model) -> dict[ir.Value, Tensor]:
+    found = {}
+    for value in model.graph.initializers.values():
+        if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None and value.const_value.size == 1:
+            number = _NUMBERS.get(_number(value))
+            if number is not None:
+                found[value] = _filled(value, number)
+    return found
+
+
+def _filled(value: ir.Value, number: float) -> Tensor:
+    return torch.full([int(str(size)) for size in value.shape or ()], number, dtype=torch.float64)
+
+
+def _unrounded_scales(model: ir.Model) -> dict[ir.Value, Tensor]:
     """The factors of attention before they were rounded to FP16, where they are exactly roundings of ``1 / sqrt(D)``.
 
     PyTorch has the number itself, and FP16 is up to 2^-12 away from it, which softmax multiplies.
@@ -153,7 +175,7 @@ def unrounded_scales(model: ir.Model) -> dict[ir.Value, Tensor]:
         for value in half:
             right = _number(value) * (exact / stored) ** (1 / len(half))
             if _number(value) in _roundings(exact, len(half)):
-                found[value] = torch.full([int(str(size)) for size in value.shape or ()], right, dtype=torch.float64)
+                found[value] = _filled(value, right)
     return found
 
 

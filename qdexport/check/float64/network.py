@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qdexport.check.float64.alone import TABLES, Pairing
 from qdexport.check.float64.compare import Distance, distance, fingerprint
-from qdexport.check.float64.graph import Float64Graph, unrounded_scales
+from qdexport.check.float64.graph import Float64Graph, unrounded_numbers
 from qdexport.check.float64.halves import stored_roundings, unrounded_quotients
 from qdexport.check.float64.model import activation_codes, call_in_float64, float64_inputs
 from qdexport.check.float64.ops import UnsupportedError
@@ -146,7 +146,7 @@ class Float64Network:
         self.probes: dict[str, Probe] = {**self.layers, **find_softmax_probes(self.graph, list(self._softmax))}
         self._carried = _carried(self.layers, model.denoiser)
         self._unrounded = {
-            **unrounded_scales(self.graph),
+            **unrounded_numbers(self.graph),
             **unrounded_quotients(self.graph, model.denoiser, without=self._carried),
         }
         self.first_tokens = _first_tokens(self.graph)

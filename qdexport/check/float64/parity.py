@@ -25,7 +25,7 @@ from qdexport.graph.dimension import size_of
 from qdexport.models.sampling import DenoiserCall
 from qdexport.quant.attach import QuantizedModel
 
-__all__ = ["TOLERANCES", "float64_parity"]
+__all__ = ["TOLERANCES", "float64_parity", "largest_bytes"]
 
 OnProgress = Callable[[int, int], None]
 
@@ -80,7 +80,7 @@ def float64_parity(
     size = sum(parameter.numel() for parameter in model.denoiser.parameters())
     inputs = [fit_inputs(call.inputs, facts.io) for call in calls[: 1 if size > _LARGE_PARAMETERS else None]]
     work = [("", item) for item in inputs] + [(str(point), call.inputs) for point, call in shapes]
-    needed, free = _largest_bytes(network.graph, facts.io), int(psutil.virtual_memory().available)
+    needed, free = largest_bytes(network.graph, facts.io), int(psutil.virtual_memory().available)
     total = len(work) + 1
     result = Float64Parity(calls=0, tensors=0, sqnr_db=float("inf"))
     result.problems += _constants(network, model.denoiser)
@@ -111,7 +111,7 @@ def float64_parity(
     return result
 
 
-def _largest_bytes(graph: ir.Model, io: IoSpec) -> int:
+def largest_bytes(graph: ir.Model, io: IoSpec) -> int:
     """What the largest tensors of a call take in float64: the probabilities of attention, mostly."""
     sizes = {dim.name: dim.high for dim in io.dynamic_dims}
     largest = 0
