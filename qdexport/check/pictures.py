@@ -45,7 +45,8 @@ class Pictures:
         fall: of alignment; None without an evaluator.
         texture: the factor by which differences of neighbouring pixels change; None where it cannot be measured.
         contrast: the factor by which the pictures' deviation changes; None where it cannot be measured.
-        near: whether the limit of the share, of texture or of contrast lies in a wide interval of it.
+        near: whether the limit of the share, of texture or of contrast lies in a wide interval of it, and none is
+            crossed for certain.
         not_judged: why no verdict can come of them, in a sentence.
     """
 
@@ -89,7 +90,7 @@ class Pictures:
             fall=fall,
             texture=texture,
             contrast=contrast,
-            near=wide.low <= limits.share < wide.high or any(item is not None and _straddles(item) for item in loose),
+            near=_near(wide, [item for item in loose if item is not None]),
             not_judged=_SAME if same else None,
         )
 
@@ -158,9 +159,13 @@ def _finite_exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def _straddles(factor: Margin) -> bool:
-    """Whether a limit lies inside the interval."""
-    return any(factor.low < edge < factor.high for edge in (factor.limit, 1 / factor.limit))
+def _near(share: Margin, factors: list[Margin]) -> bool:
+    """Whether a limit lies inside an interval, and no other limit is crossed for certain."""
+    outside = [factor.low > factor.limit or factor.high < 1 / factor.limit for factor in factors]
+    if share.low > share.limit or any(outside):
+        return False
+    astride = [factor.low < edge < factor.high for factor in factors for edge in (factor.limit, 1 / factor.limit)]
+    return share.limit < share.high or any(astride)
 
 
 def _middle(errors: NDArray[np.float64]) -> float:

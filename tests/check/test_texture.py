@@ -107,3 +107,14 @@ def test_one_picture_proves_nothing() -> None:
     assert found is not None
     assert np.isfinite([found.low, found.high]).all()
     assert not beyond(found, few=True)
+
+
+def test_no_more_pictures_are_asked_for_where_one_limit_is_crossed_for_certain() -> None:
+    """Texture is near its limit in both; in the second the share is ten times what is allowed."""
+    fp = scenes(32, 0)
+    own, others = noisy(fp, 0.04), scenes(32, 1)
+    near = Pictures.of(own, fp, others, None, PictureLimits(texture=1.98))
+    assert near.texture is not None
+    assert near.texture.low < 1.98 < near.texture.high
+    assert near.undecided()
+    assert not Pictures.of(own, fp, noisy(fp, 0.02), None, PictureLimits(texture=1.98)).undecided()
