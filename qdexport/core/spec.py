@@ -126,6 +126,7 @@ class LayerPlan:
         bos: the first token of the text bypasses the layer: its output is a constant (keys and values of text).
         channel_scale: input channels are divided by a factor each, and the weight's columns multiplied by it.
         macs: multiply-accumulates of one denoiser call at the recipe's shapes (0 when unknown).
+        idle: no call reaches the layer; it counts in no average.
         why: the rule that decided.
     """
 
@@ -139,6 +140,7 @@ class LayerPlan:
     bos: bool = False
     channel_scale: bool = False
     macs: int = 0
+    idle: bool = False
     why: str = ""
 
     @property

@@ -30,7 +30,6 @@ __all__ = ["activation_keys", "average_weight_bits", "macs_share", "merge_weight
 logger = logging.getLogger(__name__)
 
 
-IDLE = "does not run"
 _FP_BITS = 16
 _MERGED_BITS = 8
 _WEIGHT_OBSERVERS = ("minmax", "mse")
@@ -82,7 +81,8 @@ def plan_layers(
             activation=None,
             folded=name in folded,
             macs=(macs or {}).get(name, 0),
-            why=_reason(recipe, number, rule, name in folded) if runs else IDLE,
+            idle=not runs,
+            why=_reason(recipe, number, rule, name in folded) if runs else "does not run",
         )
         if rule is not None and rule.weight_only and runs and not plan.folded:
             layer = denoiser.get_parameter(f"{name}.weight")
@@ -166,7 +166,7 @@ def average_weight_bits(denoiser: nn.Module, plans: Iterable[LayerPlan]) -> floa
     """Bits per weight of all layers that are not folded, protected ones at their width, floating-point ones at 16."""
     bits = weights = 0
     for plan in plans:
-        if plan.folded or plan.why == IDLE:
+        if plan.folded or plan.idle:
             continue
         count = denoiser.get_parameter(f"{plan.name}.weight").numel()
         bits += count * (plan.weight.bits if plan.quantizes_weight and plan.weight is not None else _FP_BITS)
