@@ -192,6 +192,23 @@ def test_infinity_in_the_file_is_a_difference(static: Compiled, tmp_path: Path) 
     assert "-999.0 dB" in problems[0]
 
 
+def test_a_lookup_of_one_timestep_is_asked_one_at_a_time(stepped: Compiled, tmp_path: Path) -> None:
+    """As PyTorch's exporter writes some (GatherND): it gives one row, however many timesteps there are."""
+
+    def edit(proto: onnx.ModelProto) -> None:
+        nodes = [item for item in proto.graph.node if item.name.startswith("step_table/") and item.op_type == "Gather"]
+        for name, number in (("none", 0), ("one", 1)):
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([number]), name))
+        first = onnx.helper.make_node("Slice", [nodes[0].input[1], "none", "one", "none"], ["first_row"], "step_rows/S")
+        place = list(proto.graph.node).index(nodes[0])
+        proto.graph.node.insert(place, first)
+        for node in nodes:
+            node.input[1] = "first_row"
+
+    found = measured(stepped, edit, tmp_path)
+    assert (found.problems, found.rows["timesteps of activation rows"]) == ([], 1000)
+
+
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """A transformer of ten classes, with a row of scales per step and quantizers behind softmax."""

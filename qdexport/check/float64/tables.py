@@ -244,23 +244,37 @@ def _step_lookup(
     if lookup.fractions:
         ordered = sorted(float(step) for step in lookup.timesteps)
         steps = [*ordered, *(a + share * (b - a) for a, b in pairwise(ordered) for share in (0.45, 0.55))]
-    at_once = 1 if network.timestep(0).is_floating_point() else len(steps)
     wrong = []
-    for start in range(0, len(steps), at_once):
-        sample = torch.cat([network.timestep(step) for step in steps[start : start + at_once]])
+    for some in _together(run, network, rows, steps):
+        sample = torch.cat([network.timestep(step) for step in some])
         # FLUX's denoiser is called with a thousandth of the scheduler's timestep
         lookup(sample / lookup.unit if lookup.unit != 1.0 else sample)
         expected = torch.zeros(0, dtype=torch.int64) if model.context.row is None else model.context.row
         run.start({"timestep": sample})
         for value in rows:
             stored = run.value(value).reshape(-1)
-            for index in (stored != expected).nonzero().reshape(-1).tolist():
-                step = steps[start + index]
-                wrong.append(f"timestep {step:g} is given row {int(stored[index])}, not {int(expected[index])}")
+            if stored.shape != expected.shape:
+                wrong.append(f"timestep {some[0]:g} is given {stored.numel()} rows")
+                continue
+            wrong += [
+                f"timestep {some[index]:g} is given row {int(stored[index])}, not {int(expected[index])}"
+                for index in (stored != expected).nonzero().reshape(-1).tolist()
+            ]
     found.rows["timesteps of activation rows"] = len(steps)
     if not rows:
         found.notes.append("the lookup of activation rows was not found in the file")
     found.wrong("the lookup of activation rows", wrong)
+
+
+def _together(
+    run: Float64Graph, network: Float64Network, rows: Sequence[ir.Value], steps: Sequence[float]
+) -> list[list[float]]:
+    """The timesteps in parts that the lookup takes at once: all of them, where it gives a row for each."""
+    if not network.timestep(0).is_floating_point():
+        run.start({"timestep": torch.cat([network.timestep(step) for step in steps])})
+        if all(run.value(value).numel() == len(steps) for value in rows):
+            return [list(steps)]
+    return [[step] for step in steps]
 
 
 def _row_values(graph: ir.Model) -> list[ir.Value]:
