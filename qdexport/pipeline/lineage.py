@@ -227,8 +227,11 @@ def check_made(root: Path, manifest: Manifest, name: str) -> None:
 
 
 def _stale(root: Path, manifest: Manifest, item: Artifact) -> str:
+    now = Lineage(root, manifest).inputs(item.stage) or {}
+    changed = next((key for key, digest in now.items() if item.inputs.get(key) != digest and key != "target"), "")
     same_target = item.inputs.get("target", manifest.target) == manifest.target
-    other = "from another checkpoint" if same_target else "for another target"
+    source = "ONNX file" if changed.startswith("export") else "checkpoint"
+    other = f"from another {source}" if same_target else "for another target"
     return (
         f"the {_what(item.stage)} in {root} was made {other} than the one that is there now (or by another version of "
         f"qdexport); run `{remedy_of(root, manifest, item.stage)}`"

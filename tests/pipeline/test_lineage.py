@@ -268,6 +268,14 @@ def test_an_older_file_is_no_file_of_this_checkpoint(made: tuple[Path, Manifest]
         check_made(root, manifest, "build")
 
 
+def test_an_engine_of_another_onnx_file_is_not_validated(made: tuple[Path, Manifest]) -> None:
+    """The file was exported again, and is what the manifest says; the engine beside it was not built from it."""
+    root, manifest = made
+    make(root, manifest, "export", "second")
+    with pytest.raises(ModelError, match=r"the engine in .* was made from another ONNX file .*qdexport build"):
+        check_made(root, manifest, "validate")
+
+
 def test_a_stage_of_a_manifest_from_elsewhere(made: tuple[Path, Manifest]) -> None:
     root, manifest = made
     write(root / "a", "")
