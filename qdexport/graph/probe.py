@@ -232,7 +232,9 @@ def _walk_to_input(name: str, node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[
     pads: tuple[int, ...] = ()
     while value is not None:
         producer = value.producer()
-        if producer is None or not _in_quantizer(producer):
+        # what is quantized in FP32 (sines of a class label) may be cast to the body's type in front of the product
+        cast = producer is not None and producer.op_type == "Cast" and codes is None
+        if producer is None or not (cast or _in_quantizer(producer)):
             break
         if producer.op_type in {"QuantizeLinear", DYNAMIC_QUANTIZE}:
             codes = producer.outputs[0]

@@ -58,9 +58,13 @@ def constants(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def proto(noise: np.random.Generator) -> onnx.ModelProto:
+    return parsed(noise, BODY)
+
+
+def parsed(noise: np.random.Generator, body: str) -> onnx.ModelProto:
     model = onnx.parser.parse_model(
         '<ir_version: 10, opset_import: ["" : 21]>\n'
-        f"g (float[1, 2, 3, 3] sample, int64[1] timestep) => (float[1, 5] y) {{{BODY}}}"
+        f"g (float[1, 2, 3, 3] sample, int64[1] timestep) => (float[1, 5] y) {{{body}}}"
     )
     model.graph.initializer.extend(numpy_helper.from_array(a, name) for name, a in constants(noise).items())
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
@@ -141,6 +145,15 @@ def test_what_a_probe_says_about_a_layer(model: ir.Model) -> None:
     np.testing.assert_array_equal(weight_codes(probes["conv"]), stored["w"])
     np.testing.assert_array_equal(weight_codes(probes["a"]), stored["a"].T)
     np.testing.assert_array_equal(weight_codes(probes["b"]), stored["b"])
+
+
+def test_a_cast_in_front_of_the_product_is_passed(noise: np.random.Generator) -> None:
+    """What is quantized in FP32 in a network with an FP16 body: sines of a class label, with a channel scale."""
+    body = BODY.replace("ay = MatMul(fdq, aw)", "ay = MatMul(cast, aw)").replace(
+        '["a/MatMul"]', '["a/Cast"] cast = Cast<to: int = 1>(fdq)\n["a/MatMul"]'
+    )
+    probe = find_probes(ir.from_proto(parsed(noise, body)), ["a"])["a"]
+    assert (probe.x.name, probe.codes.name if probe.codes is not None else "") == ("flat", "fq")
 
 
 def test_a_transpose_between_codes_and_product_counts(model: ir.Model) -> None:
