@@ -3,7 +3,7 @@
     python tools/scheduler_table.py            # prints the table of docs/schedulers.md; minutes
     python tools/scheduler_table.py Euler Heun # of some, by the beginning of their names
 
-Each is put into a tiny Stable Diffusion of random weights, which samples in three steps. Its schedules are asked for
+Each is put into a tiny Stable Diffusion of random weights, which samples in four steps. Its schedules are asked for
 rows of the table that `auto` makes for a model with whole timesteps (another scheduler of a compiled folder), and of
 the one that it makes for this scheduler (the model's own).
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from qdexport.quant.attach import QuantizedModel
 
 STEPS = (*range(1, 11), 15, 20, 25, 28, 30, 40, 50)
-SAMPLED = 3
+SAMPLED = 4  # PNDM takes no fewer
 LISTED = ("timestep_spacing", "beta_schedule", "prediction_type", "use_karras_sigmas", "use_exponential_sigmas",
           "use_beta_sigmas", "use_lu_lambdas", "final_sigmas_type", "algorithm_type", "solver_order")  # fmt: skip
 VALUES: dict[str, tuple[str, ...]] = {

@@ -56,13 +56,11 @@ class OnnxDenoiser(NamedDenoiser):
         return torch.device("cpu")
 
     def _predict(self, inputs: dict[str, Tensor]) -> Tensor:
-        timestep, labels = inputs["timestep"].item(), inputs.get("class_labels")
-        self._facts.check_timesteps([timestep])
-        if labels is not None and not labels.is_floating_point():
-            self._facts.check_labels(labels.tolist())
+        self._facts.check_call(inputs)
         typed = {name: tensor for name, tensor in typed_inputs(inputs, self._io).items() if name in self._names}
         prediction = torch.cat([self._run(part)[:count] for part, count in row_chunks(typed, self._io)])
         if bool(prediction.isnan().any()) and bool(inputs["sample"].isfinite().all()):
+            timestep = inputs["timestep"].item()
             raise ParityError(
                 f"{self._path} predicts NaN at timestep {timestep:g}: a table has no row for this call (with "
                 "`bos: constant` for another first token of the text), or FP16 overflowed; compile with `--body fp32` "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -70,6 +70,20 @@ class NetworkFacts(BaseModel):
         with reading(source, ModelError, "export it again", what="holds facts that this qdexport cannot read"):
             return cls.model_validate_json(text)
 
+    def check_call(self, inputs: Mapping[str, Any]) -> None:
+        """Refuses a call that the network has no answer for; every runner asks this before it runs.
+
+        Args:
+            inputs: tensors or arrays of the call by name; what the network does not read may be missing.
+
+        Raises:
+            ModelError: as :meth:`check_timesteps` and :meth:`check_labels`.
+        """
+        if "timestep" in inputs:
+            self.check_timesteps(inputs["timestep"].ravel().tolist())
+        if "class_labels" in inputs and self.labels is not None:
+            self.check_labels(inputs["class_labels"].ravel().tolist())
+
     def check_timesteps(self, timesteps: Iterable[float]) -> None:
         """Refuses a schedule that the network has no rows for.
 
@@ -104,7 +118,6 @@ class NetworkFacts(BaseModel):
             f"{'' if self.timestep_rounding else '`time_embedding: all` (one row for every timestep) or '}"
             "`time_embedding: keep` (leave the time layers in the network)"
         )
-
 
     def check_labels(self, labels: Iterable[int]) -> None:
         """Refuses classes that the network has no row for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 from dataclasses import replace
 from typing import Any, Final
@@ -18,6 +19,9 @@ from qdexport.models.schedules import timestep_rounding
 __all__ = ["scheduler_names", "with_scheduler"]
 
 _ENDINGS: Final = ("", "Scheduler", "DiscreteScheduler", "MultistepScheduler")
+# what pipelines ask their schedulers for, if their own have it
+_ASKED: Final = ("order", "init_noise_sigma", "scale_model_input")
+_STEP: Final = ("self", "model_output", "timestep", "sample")
 # what other programs call them
 _ALIASES: Final = {
     "ddim": "DDIMScheduler",
@@ -59,10 +63,39 @@ def with_scheduler(loaded: LoadedModel, choice: str) -> LoadedModel:
         own = type(loaded.scheduler).__name__
         raise ModelError(f"{cls.__name__} cannot take the place of {own}: only one of them is for flow matching")
     changes = dict(_setting(cls, part) for part in settings)
+    _check_step(cls, loaded)
     with reading(f"scheduler {choice}", ModelError, what="cannot be made"), quiet_libraries():
         scheduler = cls.from_config(loaded.scheduler.config, **changes)
+    missing = [name for name in _ASKED if hasattr(loaded.scheduler, name) and not hasattr(scheduler, name)]
+    if missing:
+        raise _of_another_kind(cls, loaded, f"it has no {missing[0]}")
     loaded.pipeline.register_modules(scheduler=scheduler)
     return replace(loaded, scheduler=scheduler)
+
+
+def _check_step(cls: Any, loaded: LoadedModel) -> None:
+    """Refuses a scheduler whose step needs more than prediction, timestep and sample: a picture, a mask, tokens."""
+    if not callable(getattr(cls, "step", None)):
+        raise _of_another_kind(cls, loaded, "it has no step")
+    for function, known in ((cls.step, _STEP), (cls.__init__, ("self",))):
+        needed = tuple(name for name, item in inspect.signature(function).parameters.items() if _is_required(item))
+        if needed != known:
+            others = [name for name in needed if name not in known]
+            why = f"it needs {', '.join(others)}" if others else "it steps in another way"
+            raise _of_another_kind(cls, loaded, why)
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind in (
+        parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY,
+    )  # fmt: skip
+
+
+def _of_another_kind(cls: Any, loaded: LoadedModel, why: str) -> ModelError:
+    return ModelError(
+        f"{cls.__name__} was made for another kind of pipeline than {type(loaded.pipeline).__name__}: {why}; choose a "
+        "scheduler like DDIM, Euler, DPMSolverMultistep or UniPC (for flow matching: FlowMatchEuler)"
+    )
 
 
 def _class_of(name: str) -> Any:
@@ -79,8 +112,10 @@ def _class_of(name: str) -> Any:
         hint = f"did you mean {' or '.join(names)}?" if names else f"it has {', '.join(known.values())}"
         raise ModelError(f"diffusers {diffusers.__version__} has no scheduler {name!r}; {hint}")
     cls = getattr(diffusers, found)
-    if not hasattr(cls, "from_config"):  # a package that it needs is missing: diffusers has a stand-in
-        raise ModelError(f"{found} cannot be used here; diffusers needs another package for it")
+    backends = getattr(cls, "_backends", None)
+    if backends is not None:  # a package that it needs is missing: diffusers has a stand-in, which raises in any use
+        packages = [package for package in backends if importlib.util.find_spec(package) is None]
+        raise ModelError(f"{found} needs packages that are not installed: pip install {' '.join(packages or backends)}")
     return cls
 
 

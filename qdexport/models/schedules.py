@@ -62,7 +62,8 @@ def scheduler_timesteps(loaded: LoadedModel, steps: int | None) -> list[int | fl
         raise ModelError(f"{loaded.name} has no scheduler; give the whole pipeline's folder")
     count = steps or loaded.defaults.steps
     what = f"cannot sample in {count} steps"
-    with reading(type(loaded.scheduler).__name__, ModelError, what=what), quiet_libraries():
+    remedy = "give another number of steps, or another scheduler"
+    with reading(type(loaded.scheduler).__name__, ModelError, remedy, what=what), quiet_libraries():
         # a copy: set_timesteps changes the scheduler that a pipeline may be using
         scheduler = type(loaded.scheduler).from_config(loaded.scheduler.config)
         scheduler.set_timesteps(count, **_settings(loaded, scheduler, count))

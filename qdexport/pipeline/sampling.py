@@ -75,7 +75,8 @@ class Denoisers:
             self.facts.check_timesteps(timesteps)
 
     def sample(self, kind: str, request: SampleRequest) -> np.ndarray:
-        """Images ``[N, 3, H, W]`` in [-1, 1], of a request that :meth:`check` has passed."""
+        """Images ``[N, 3, H, W]`` in [-1, 1]. Raises as :meth:`check`."""
+        self.check(request)
         if kind == "onnx" and self.companions:
             with in_place_of_parts(self.loaded.pipeline, self.companions):
                 return sample(self.loaded, request, denoiser=self.by_kind[kind])

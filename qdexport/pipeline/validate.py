@@ -84,7 +84,7 @@ def validate(
     with _counted(progress, "error of every layer") as advance:
         report.layer_errors = layer_errors(model, calls, validation.seed, advance)
     golden = workspace.root / "golden"
-    write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes], workspace)
+    write_golden(golden, onnx_path, facts.io, [*calls[: validation.golden], *at_shapes], workspace, facts)
     made = [Made("golden", golden)]
     images, pictures = _images(model, onnx_path, facts.io, workspace, progress)
     report.parity = judge(layers, whole, model.body, REFERENCE, shapes, float64, pictures)

@@ -4,18 +4,22 @@ import ctypes
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Self
 
 import numpy as np
 import pytest
+import torch
 from polygraphy.exception import PolygraphyException
 
 from qdexport.check import engine_child
 from qdexport.check.engine_parity import engine_parity, write_golden
 from qdexport.check.session import reference_session
+from qdexport.core.io_spec import TensorSpec
 from qdexport.core.target import target_named
+from qdexport.emit.facts import read_network_facts
 from qdexport.errors import MissingDependencyError, ModelError, ParityError
 from tests.check.conftest import Compiled
 
@@ -43,6 +47,33 @@ def test_golden_files_hold_a_call_and_its_answer(static: Compiled, golden: Path)
     np.testing.assert_array_equal(inputs["sample"], static.calls[1].inputs["sample"].numpy(), strict=True)
     (answer,) = reference_session(static.path).run(None, inputs)
     np.testing.assert_array_equal(outputs["noise_pred"], answer, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"timestep": torch.tensor([-1])}, "outside the training range"),
+        ({"timestep": torch.tensor([41])}, r"has no row for timesteps \[41\]"),
+        ({"timestep": torch.tensor([41.5])}, "time_embedding: keep"),
+        ({"class_labels": torch.tensor([3, -1])}, r"class labels \[-1\] are outside 0\.\.9"),
+        ({"class_labels": torch.tensor([10, 0])}, r"class labels \[10\] are outside 0\.\.9"),
+    ],
+)
+def test_golden_calls_without_a_row_are_refused(
+    static: Compiled, golden: Path, engine: Path, tmp_path: Path, changes: dict[str, torch.Tensor], words: str
+) -> None:
+    """Where golden files are written, and where an engine runs them."""
+    facts = read_network_facts(static.path).model_copy(update={"labels": 10})
+    label = TensorSpec(name="class_labels", role="class_labels", dtype="int64", dims=static.io.inputs[0].dims[:1])
+    io = static.io.model_copy(update={"inputs": (*static.io.inputs, label)})
+    call = replace(static.calls[0], inputs={**static.calls[0].inputs, "class_labels": torch.tensor([3, 3]), **changes})
+    with pytest.raises(ModelError, match=words):
+        write_golden(tmp_path / "other", static.path, io, [call], facts=facts)
+    assert not (tmp_path / "other").exists()
+    stored = {f"input/{name}": tensor.numpy() for name, tensor in call.inputs.items()}
+    np.savez(golden / "01.npz", **stored)  # type: ignore[arg-type]  # numpy's stub
+    with pytest.raises(ModelError, match=words):
+        engine_parity(engine, golden, RTX, facts)
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")

@@ -67,6 +67,53 @@ def test_what_is_refused(model: LoadedModel, choice: str, words: str) -> None:
         with_scheduler(model, choice)
 
 
+ANOTHER_KIND = "was made for another kind of pipeline than StableDiffusionPipeline: "
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ("DDPMWuerstchen", ANOTHER_KIND + "it has no order"),
+        ("ScoreSdeVe", ANOTHER_KIND + "it has no step"),
+        ("RePaint", ANOTHER_KIND + "it needs original_image, mask"),
+        ("Amused", ANOTHER_KIND + "it needs mask_token_id"),
+        ("KarrasVe", ANOTHER_KIND + "it needs sigma_hat, sigma_prev, sample_hat"),
+        ("Helios", ANOTHER_KIND),
+        ("SCM", ANOTHER_KIND),
+    ],
+)
+def test_schedulers_of_other_pipelines_are_refused_by_name(model: LoadedModel, choice: str, words: str) -> None:
+    """Not by what breaks inside of diffusers while it samples."""
+    own = model.scheduler
+    with pytest.raises(ModelError, match=rf"Scheduler {words}.*; choose a scheduler like DDIM"):
+        with_scheduler(model, choice)
+    assert model.pipeline is not None
+    assert model.pipeline.scheduler is own
+
+
+def test_a_package_that_is_missing_is_named(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    class StandIn(type):
+        _backends = ("torch", "no_such_package")
+
+        def __getattr__(cls, name: str) -> object:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise ImportError(name)
+
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", StandIn("DPMSolverSDEScheduler", (), {}))
+    with pytest.raises(ModelError, match=r"DPMSolverSDEScheduler needs .* not installed: pip install no_such_package"):
+        with_scheduler(model, "DPMSolverSDE")
+
+
+def test_too_few_steps_say_what_to_do(model: LoadedModel) -> None:
+    pndm = with_scheduler(model, "PNDM")
+    assert len(schedule(pndm, 4)) > 3
+    with pytest.raises(ModelError, match=r"PNDMScheduler cannot sample in 3 steps: .*; give another number of steps"):
+        schedule(pndm, 3)
+
+
 def test_a_denoiser_alone_has_none() -> None:
     with pytest.raises(ModelError, match="has no scheduler to replace"):
         with_scheduler(loaded_from_denoiser(random_unet("tiny_sd"), name="tiny"), "Euler")
