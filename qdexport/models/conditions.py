@@ -4,7 +4,9 @@ pipeline without text encoders. Drawn from seeds and prompts, so that runs repea
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ from qdexport.models.denoiser_io import io_spec
 from qdexport.models.loaded import LoadedModel
 
 __all__ = ["check_guidance", "check_prompts", "class_labels", "lacks_text_encoder", "text_arguments"]
+
+logger = logging.getLogger(__name__)
 
 _EMPTY = ""  # the prompt of the unguided half
 
@@ -35,7 +39,8 @@ def check_prompts(loaded: LoadedModel, prompts: Sequence[str]) -> None:
 
 
 def check_guidance(loaded: LoadedModel, guidance_scale: float | None) -> None:
-    """Refuses a guidance scale, other than the model's usual one, where it would change nothing.
+    """Refuses a guidance scale, other than the model's usual one, where it would change nothing; warns once where the
+    model usually samples without.
 
     Raises:
         ModelError: the pipeline has no guidance, or FLUX was distilled to sample without.
@@ -47,6 +52,17 @@ def check_guidance(loaded: LoadedModel, guidance_scale: float | None) -> None:
     if unguided or (family_of(loaded.denoiser) == FLUX and not config_of(loaded.denoiser).get("guidance_embeds")):
         why = "has no guidance" if unguided else "is distilled to sample without guidance"
         raise ModelError(f"a guidance scale of {guidance_scale:g} would change nothing: {name} {why}; leave it out")
+    if guidance_scale is not None and guidance_scale > 1 and loaded.defaults.guidance_scale == 1:
+        _say_once(
+            f"{loaded.name} samples in few steps without guidance; a guidance scale of {guidance_scale:g} doubles each "
+            "call, and such models seldom make better pictures with it"
+        )
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    """A sampling is checked before it begins, and again by each denoiser."""
+    logger.warning("%s", message)
 
 
 def class_labels(denoiser: nn.Module, seeds: Sequence[int]) -> Tensor | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdexport.errors import ModelError
-from qdexport.models.conditions import check_prompts
+from qdexport.models.conditions import check_guidance, check_prompts
 from qdexport.models.denoiser import call_denoiser
 from qdexport.models.load import LoadedModel, load_model, loaded_from_denoiser
 from qdexport.models.sampling import (
@@ -357,3 +358,17 @@ def test_prompts_and_guidance_that_change_nothing_are_refused(tiny_models: dict[
         sample(pixels, _request(guidance_scale=4.0))
     assert len(sample(pixels, _request(prompts=("",), guidance_scale=1.0))) == 1
     assert len(sample(text, _request(prompts=("a",), guidance_scale=4.0))) == 1
+
+
+def test_guidance_of_a_model_that_samples_without_is_said_once(
+    tiny_copy: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = load_model(tiny_copy("sd"))
+    defaults = dataclasses.replace(loaded.defaults, guidance_scale=1.0, cfg=False)
+    turbo = dataclasses.replace(loaded, name="a turbo", defaults=defaults)
+    for scale in (None, 1.0, 3.0, 3.0):
+        check_guidance(turbo, scale)
+    check_guidance(loaded, 3.0)
+    assert [record.message.partition(";")[0] for record in caplog.records] == [
+        "a turbo samples in few steps without guidance"
+    ]
