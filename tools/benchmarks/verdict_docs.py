@@ -36,8 +36,8 @@ compiled right is asked in runs of its own, with two pictures.
   change (`validation.pictures.texture`, `.contrast`), farthest from 1 over the seeds.
 - **margin**: the factor by which a run lies off its limit, in the closest of the runs: the nearest of share (by
   the deciding end of its interval), texture and contrast where pictures are kept, the farthest where they are not
-  (below 1 where alignment decided); of the compiled network the decibels by which the worst layer or the whole
-  network lies above its threshold.
+  (of the latter two as logarithms; below 1 where alignment decided); of the compiled network the decibels by which the
+  worst layer or the whole network lies above its threshold.
 - **same**: whether every seed gave the same verdict; empty for a single seed.
 
 An empty cell was not measured.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -157,9 +158,9 @@ def _picture_margin(result: Mapping[str, Any]) -> float | None:
     if not share or result["pictures"] == "not judged":
         return None
     factors: list[float] = [share["limit"] / share["high"]]
-    # the distance from 1 on either side, as the verdict takes it
+    # how often the change fits into the allowed one, both as logarithms: on either side of 1, as the verdict takes it
     changes = filter(None, (result.get("texture"), result.get("contrast")))
-    factors += [found["limit"] / max(found["value"], 1 / found["value"]) for found in changes]
+    factors += [math.log(found["limit"]) / max(abs(math.log(found["value"])), 1e-3) for found in changes]
     return min(factors) if result["pictures"] == "kept" else max(1 / factor for factor in factors)
 
 
