@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qdexport.check.outcome import agrees
+from qdexport.core.results import Margin
 from qdexport.report.facts import IDENTICAL_DB, decibel, duration, microseconds, number, rate, size
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         LayerParity,
         Plan,
         Quality,
+        QualityScores,
         Report,
         StageFacts,
     )
@@ -98,6 +100,9 @@ _SCORES = (
     ("psnr_db", "PSNR", "dB against the FP model's images; higher is better"),
     ("mse", "MSE", "against the FP model's images, values in [-1, 1]; lower is better"),
     ("ssim", "SSIM", "against the FP model's images; 1 is identical"),
+    ("share", "Share of another seed's error", "squared error over what another seed makes; lower is better"),
+    ("texture", "Texture", "how much neighbouring pixels differ, over the FP model's; above 1 is noise"),
+    ("contrast", "Contrast", "deviation of an image over the FP model's; 1 is the same"),
     ("frechet_fp", "Fréchet distance to FP", "feature distributions against the FP model's; lower is better"),
     ("frechet", "Fréchet distance to real", "feature distributions against real images; lower is better"),
 )
@@ -107,7 +112,7 @@ def quality_rows(quality: Quality) -> list[QualityRow]:
     """The scores that were measured."""
     rows, columns = [], (quality.fp, quality.quantized, quality.onnx, quality.other_seed)
     for key, label, note in _SCORES:
-        values = [getattr(part, key) if part else None for part in columns]
+        values = [_value(part, key) for part in columns]
         if any(value is not None for value in values):
             # such a distance depends on the number of images
             counted = f"{label}, {quality.images} images" if key.startswith("frechet") else label
@@ -241,12 +246,17 @@ def stage_bars(stages: dict[str, StageFacts]) -> list[Bar]:
     ]
 
 
+def _value(scores: QualityScores | None, key: str) -> float | None:
+    found = getattr(scores, key, None)
+    return found.value if isinstance(found, Margin) else found
+
+
 def _score(key: str, value: float | None) -> str:
     if value is None:
         return "-"
     if key == "psnr_db":
         return decibel(value).removesuffix(" dB")
-    return f"{value:.3f}" if key in {"alignment", "ssim"} else number(value)
+    return f"{value:.3f}" if key in {"alignment", "ssim", "texture", "contrast"} else number(value)
 
 
 def _kernels_by_layer(plan: Plan | None) -> dict[str, list[KernelFact]]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qdexport.core.results import KernelFact, Plan, Quality, QualityScores, Report, StageFacts
+from qdexport.core.results import KernelFact, Margin, Plan, Quality, QualityScores, Report, StageFacts
 from qdexport.report import facts, tables
 
 if TYPE_CHECKING:
@@ -77,10 +77,13 @@ def test_quality_rows_hold_only_what_was_measured() -> None:
         steps=25,
         seed=0,
         fp=QualityScores(alignment=1.0),
-        quantized=QualityScores(alignment=0.75, psnr_db=999.0),
+        quantized=QualityScores(
+            alignment=0.75, psnr_db=999.0, texture=Margin(value=1.25, low=1.2, high=1.3, limit=1.5)
+        ),
     )
     rows = {row.label: (row.fp, row.quantized, row.onnx) for row in tables.quality_rows(quality)}
-    assert rows == {"Alignment": ("1.000", "0.750", "-"), "PSNR": ("-", "identical", "-")}
+    texture = {"Texture": ("-", "1.250", "-")}
+    assert rows == {"Alignment": ("1.000", "0.750", "-"), "PSNR": ("-", "identical", "-"), **texture}
 
 
 def test_bars_are_shares_of_the_longest() -> None:
