@@ -193,8 +193,8 @@ def _not_kept(name: str, scores: QualityScores, *, few: bool) -> Iterator[str]:
 
 
 def falls(fall: Margin) -> bool:
-    """Whether alignment falls by the limit or more, and not by chance: the interval lies above zero."""
-    return fall.low > 0 and not fall.value < fall.limit
+    """Whether alignment falls by the limit or more, and not by chance: the interval lies above half of the limit."""
+    return fall.low > fall.limit / 2 and not fall.value < fall.limit
 
 
 def beyond(factor: Margin, *, few: bool = False) -> bool:

@@ -63,8 +63,9 @@ def test_the_share_of_another_seeds_error(share: tuple[float, float, float], oth
         ((0.0, -0.05, 0.05), "kept"),
         ((0.031, -0.05, 0.11), "kept"),  # one picture of 32, which chance explains
         ((0.16, 0.02, 0.28), "not kept"),
-        ((0.02, 0.01, 0.03), "kept"),  # it does fall, by less than is asked
-        ((0.03, 0.01, 0.05), "not kept"),
+        ((0.02, 0.016, 0.03), "kept"),  # it does fall, by less than is asked
+        ((0.043, 0.009, 0.077), "kept"),  # 11 of 256, where the truth may be a third of that
+        ((0.03, 0.016, 0.05), "not kept"),
         ((-0.2, -0.3, -0.1), "kept"),
     ],
 )
