@@ -296,12 +296,14 @@ class Changed(nn.Module):
 
 def test_the_metrics(bench: Bench) -> None:
     denoiser = bench.loaded.denoiser
-    assert bench.sqnr_db(denoiser) == BEST_DB
+    # the recorded rows are computed again in other batches, where FP32 sums of some thousand products may have another
+    # order: 1e-6 of the output is 120 dB
+    assert 100 < bench.sqnr_db(denoiser) <= BEST_DB
     # a tenth of the amplitude is wrong: 20 dB, up to the rounding of 1.1 y in FP32
     assert bench.sqnr_db(Changed(denoiser, 1.1)) == pytest.approx(20.0, abs=1e-4)
     assert bench.sqnr_db(Changed(denoiser, float("nan"))) == -100
     assert bench.ssim(denoiser) == pytest.approx(1.0, abs=1e-6)  # FP32 sums
-    assert bench.mse(denoiser) == 0
+    assert bench.mse(denoiser) < 1e-9  # of pictures in [-1, 1], by the same sums
     assert bench.ssim(Changed(denoiser, 0.5)) < 0.99
     assert bench.mse(Changed(denoiser, 0.5)) > 0
     assert bench.ssim(Changed(denoiser, float("nan"))) == -1
